@@ -129,6 +129,14 @@ for size, number, tensor in held.values():
     assert bool((tensor == number).all())
 x, w = torch.randn(256, 512).bfloat16(), torch.randn(512, 512).bfloat16()
 assert torch.allclose((x @ w.t()).float(), x.float() @ w.float().t(), rtol=2e-2, atol=0.5)  # oneDNN's memory is of it
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+large = torch.ones(4 * LARGEST_FROM_HEAP, dtype=torch.uint8)
+taken = anonymous()
+assert bool((large == 1).all())
+del large
+assert taken - anonymous() > 100 * 1024  # what is large goes back to the system
 large = torch.ones(LARGEST_FROM_HEAP + 1, dtype=torch.uint8)
 grown = torch.ones(2**15, dtype=torch.uint8).resize_(2**20)
 del before, held, large

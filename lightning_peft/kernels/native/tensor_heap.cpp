@@ -7,6 +7,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <iterator>
 #include <map>
@@ -17,6 +18,13 @@
 namespace {
 
 constexpr size_t UNIT = 64;  // bytes to which torch aligns; the size of a block stands in one unit before its tensor
+
+const size_t PAGE = sysconf(_SC_PAGESIZE);
+
+// The first page that begins at this place or behind it.
+char* page_from(char* place) {
+  return reinterpret_cast<char*>((reinterpret_cast<size_t>(place) + PAGE - 1) / PAGE * PAGE);
+}
 
 class Heap {
  public:
@@ -94,12 +102,12 @@ Heap& heap() {
 
 struct TensorHeap final : c10::Allocator {
   c10::Allocator* other = nullptr;
-  size_t smallest = 0, largest = 0;
+  size_t smallest = 0, largest_kept = 0;
 
   c10::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
     size_t size = (bytes + 2 * UNIT - 1) / UNIT * UNIT;
-    char* place = bytes < smallest || bytes > largest ? nullptr : heap().take(size);
+    char* place = bytes < smallest ? nullptr : heap().take(size);
     if (place) {
       *reinterpret_cast<size_t*>(place) = size;
       data = place + UNIT;
@@ -124,20 +132,25 @@ void TensorHeap::release(void* data) {
   char* place = static_cast<char*>(data) - UNIT;
   if (!heap().has(place)) return own->other->raw_deallocate(data);
   c10::profiledCPUMemoryReporter().Delete(data);
-  heap().give_back(place, *reinterpret_cast<size_t*>(place));
+  size_t size = *reinterpret_cast<size_t*>(place);
+  if (size > own->largest_kept) {  // its whole pages go back to the system
+    char *first = page_from(place), *last = page_from(place + size) - PAGE;
+    madvise(first, last - first, MADV_DONTNEED);
+  }
+  heap().give_back(place, size);
 }
 
 }  // namespace
 
-// Let tensors of `smallest` to `largest` bytes lie in a heap of up to `room` bytes, of which only those in use are
-// taken. Return 1; 0 where the system gives no such room.
-extern "C" int use_tensor_heap(size_t room, size_t smallest, size_t largest) {
+// Let tensors of `smallest` bytes and more lie in a heap of up to `room` bytes, of which only what was written to is
+// taken; what those above `largest_kept` took is given back. Return 1; 0 where the system gives no such room.
+extern "C" int use_tensor_heap(size_t room, size_t smallest, size_t largest_kept) {
   if (own) return 1;
   if (!heap().reserve(room)) return 0;
   own = new TensorHeap;
   own->other = c10::GetCPUAllocator();
   own->smallest = smallest;
-  own->largest = largest;
+  own->largest_kept = largest_kept;
   pthread_atfork([] { heap().mutex.lock(); }, [] { heap().mutex.unlock(); }, [] { heap().mutex.unlock(); });
   c10::SetCPUAllocator(own, 1);
   return 1;
