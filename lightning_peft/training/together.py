@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_peft import distributed
@@ -312,7 +313,7 @@ class SharedPasses:
         answers: list[tuple[Tensor, list[Tensor | None]]] = []
         for member, loss, own in zip(members, losses, own_parameters, strict=True):
             member.random[joined.input_ids.device.type] = self.batching.random[member.number].state
-            answers.append((loss.detach(), sliced_means(gradients[: len(own)], own)))
+            answers.append((loss.detach(), in_one_block(sliced_means(gradients[: len(own)], own))))
             del gradients[: len(own)]
         return answers
 
@@ -343,6 +344,18 @@ class SharedPasses:
         for module in self.loss.model.modules():
             if isinstance(module, SegmentedLinear):
                 module.forget(number)
+
+
+def in_one_block(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients as parts of one tensor, which slices are already.
+
+    Optimiser states would come to lie between single ones, and leave no hole for activations."""
+    own = [gradient for gradient in gradients if gradient is not None]
+    if not own or isinstance(own[0], DTensor) or len({gradient.dtype for gradient in own}) > 1:
+        return list(gradients)
+    block = torch.cat([gradient.reshape(-1) for gradient in own])
+    parts = iter(block.split([gradient.numel() for gradient in own]))
+    return [None if gradient is None else next(parts).view_as(gradient) for gradient in gradients]
 
 
 def in_one_row(batches: Sequence[Batch]) -> Batch:
