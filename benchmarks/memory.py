@@ -2,15 +2,19 @@
 
 import resource
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def anonymous_bytes() -> int:
-    """Return the resident memory of this process that no file backs: mapped weights do not count."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+def anonymous_bytes(process: int | str = "self") -> int:
+    """Return a process's resident memory that no file backs: mapped weights do not count. 0 for one that is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024 if "RssAnon:" in status else 0
 
 
 def synchronize() -> None:

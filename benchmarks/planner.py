@@ -25,6 +25,7 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.memory import anonymous_bytes
 from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
@@ -178,7 +179,7 @@ def measure(overrides: list[str]) -> int:
     with os.fdopen(read_end) as said:
         baseline, peak = int(said.readline()), 0
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            peak = max(peak, *map(anonymous_memory, [pid, *children(pid)]))
+            peak = max(peak, *map(anonymous_bytes, [pid, *children(pid)]))
             time.sleep(SECONDS_BETWEEN_LOOKS)
         last_words = said.read().split()
     if not last_words:
@@ -203,7 +204,7 @@ def child(overrides: list[str], answers: int) -> None:
     """Train; tell the memory before, and at the end the peak allocated on CUDA, 0 on a CPU. The process ends here."""
     status = 1
     try:
-        os.write(answers, f"{anonymous_memory(os.getpid())}\n".encode())
+        os.write(answers, f"{anonymous_bytes()}\n".encode())
         train(compose_config("train", overrides))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         os.write(answers, f"{peak}\n".encode())
@@ -218,15 +219,6 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def anonymous_memory(pid: int) -> int:
-    """Return RssAnon in bytes; 0 for a process that is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024 if "RssAnon:" in status else 0
 
 
 def load() -> dict[str, dict[str, Any]]:

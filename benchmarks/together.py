@@ -4,12 +4,21 @@
 
 Processor time of one thread, the ways in turn, ratios of neighbours and their median. A step is forward, backward,
 clipping and optimiser; each trial has one row of its own tokens. `alone` runs the trials one after the other on the
-same base, `one_lora` one adapter of the summed rank on all tokens. Memory is the most a step has allocated at a time;
-that of a 1.2 B NF4 base is the planner's, for one process with eight trials and for eight processes.
+same base, `one_lora` one adapter of the summed rank on all tokens. Memory is the most a step has allocated at a time.
+
+On a 1.2 B NF4 base eight trials are trained for real, by one `train -m sweep.together=8` and by eight `train`, one
+after the other. Memory is the most anonymous memory (RssAnon) that a process has held, imports included, looked at
+every two milliseconds; of the eight it is the sum. Beside it stands what the planner says. --parts takes some of it;
+--apart=N runs N of the eight, as they differ by nothing but their learning rate, and takes their mean for the others.
 """
 
 import argparse
+import csv
+import json
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.floor import peak_allocation, random_batch, ratio
 from benchmarks.machine import fastest_dtype
+from benchmarks.memory import anonymous_bytes
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import write_shape
 from lightning_peft.adapters.inject import inject_adapters
@@ -53,11 +63,17 @@ LARGE = [
 ]  # fmt: skip
 MEMORY = {
     "1.2 B NF4 base, 128 tokens": ["data.max_length=128"],
-    "1.2 B NF4 base, 512 tokens": ["data.max_length=512"],
     "1.2 B NF4 base, 512 tokens, blocks": ["data.max_length=512", "activation_checkpointing=blocks"],
 }
 IMPORTS_BYTES = 400 * 2**20
 """Anonymous memory of a process after its imports, which the planner leaves out; measured."""
+STEPS, SECONDS_BETWEEN_LOOKS = 2, 0.002
+RUN = [
+    f"trainer.max_steps={STEPS}", "data=jsonl", "data.text_column=text", "data.validation_fraction=0", "logger=csv",
+    "checkpoint.every_n_steps=null",
+]  # fmt: skip
+WORDS = "the quick brown fox jumps over the lazy dog and runs into a small wood behind".split()
+PARTS = ("steps", "memory")
 
 
 class Trained:
@@ -151,20 +167,66 @@ def measure(base: Any, tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def planned_memory(trials: int, words: Sequence[str]) -> dict[str, Any]:
-    """Return the planner's bytes for a large NF4 base: one process with so many trials, and so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        shape = write_shape("llama_1b", Path(folder))
-        config: EstimateConfig = compose_config("estimate", [*shape, *LARGE, *words])
-        together = estimate_of(config, trials).peak + IMPORTS_BYTES
-        apart = trials * (estimate_of(config).peak + IMPORTS_BYTES)
+def memory(shape: str, trials: int, processes: int, words: Sequence[str]) -> dict[str, Any]:
+    """Return the bytes of one process with so many trials and of so many processes, measured and planned."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_shape(shape, folder / "model")
+        common = [*model, *LARGE, *words]
+        config: EstimateConfig = compose_config("estimate", common)
+        planned = estimate_of(config, trials).peak + IMPORTS_BYTES
+        planned_apart = trials * (estimate_of(config).peak + IMPORTS_BYTES)
+        run = [*common, *RUN, f"data.train_path={write_texts(folder / 'texts.jsonl')}"]
+        rates = [f"{number + 1}e-4" for number in range(trials)]
+        swept = ["-m", f"optimizer.lr={','.join(rates)}", f"sweep.together={trials}", f"run_dir={folder / 'together'}"]
+        together = peak_of_training([*run, *swept])
+        apart, differences = [], []
+        for rate in rates[:processes]:
+            alone = folder / "apart" / rate
+            apart.append(peak_of_training([*run, f"optimizer.lr={rate}", f"run_dir={alone}"]))
+            differences.append(abs(first_loss(alone) - first_loss(folder / "together" / f"lr{rate}")))
+        of_all = statistics.mean(apart) * trials
     return {
         "trials": trials,
+        "shape": shape,
         "words": [*LARGE, *words],
+        "steps": STEPS,
         "together": together,
-        "apart": apart,
-        "ratio": together / apart,
+        "apart": of_all,
+        "apart_each": apart,
+        "ratio": together / of_all,
+        "planned": planned,
+        "planned_apart": planned_apart,
+        "first_losses_differ_by": max(differences),
     }
+
+
+def write_texts(path: Path) -> Path:
+    """Write rows of text of all lengths: a batch holds several samples, and never those of the one before."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(512)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def peak_of_training(words: Sequence[str]) -> int:
+    """Train in a process of its own and return the most anonymous memory in bytes that it has held."""
+    command = [sys.executable, "-m", "lightning_peft", "train", *words]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        said.seek(0)
+        if process.returncode:
+            raise SystemExit(f"training failed: {' '.join(words)}\n{said.read()[-2000:]}")
+    return peak
+
+
+def first_loss(run_dir: Path) -> float:
+    with (run_dir / "metrics.csv").open() as file:
+        return float(next(csv.DictReader(file))["loss"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,37 +235,55 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 512], help="of each trial")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fastest_dtype("cpu"))
-    parser.add_argument("--output", type=Path, default=FOLDER / "together.json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shape", default="llama_1b", help="of the base whose memory is measured")
+    parser.add_argument("--trials", type=int, default=8, help="on that base")
+    parser.add_argument("--apart", type=int, help="of these trials trained apart; all where it is left out")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of together.json and together_memory.json")
     options = parser.parse_args(arguments)
+    if "memory" in options.parts:
+        apart = options.apart or options.trials
+        sizes = {"shape": options.shape, "trials": options.trials, "apart": apart, "steps": STEPS}
+        results = Results(options.folder / "together_memory.json", sizes)
+        for name, words in MEMORY.items():
+            if name not in results.rows:
+                results.add(name, memory(options.shape, options.trials, apart, words))
+        show_memory(results.rows)
+    if "steps" in options.parts:
+        measure_steps(options)
+
+
+def measure_steps(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     settings = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats, "ranks": list(RANKS)}
-    results = Results(options.output, settings)
+    results = Results(options.folder / "together.json", settings)
     base = load_model(ModelConfig(name=options.model), getattr(torch, options.dtype)).requires_grad_(False)
     for tokens in options.tokens:
         if (name := f"{tokens} tokens a trial") not in results.rows:
             results.add(name, measure(base, tokens, options.repeats))
-    for name, words in MEMORY.items():
-        if name not in results.rows:
-            results.add(name, planned_memory(8, words))
     show(results.rows)
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
     table = Table("", "together s", "alone s", "alone / together", "together / one LoRA", "step MiB", "alone MiB")
     for name, row in rows.items():
-        if "cpu_seconds" not in row:
-            continue
         medians = {way: statistics.median(row["cpu_seconds"][way]) for way in ("together", "alone")}
         table.add_row(
             name, f"{medians['together']:.2f}", f"{medians['alone']:.2f}", f"{row['alone_over_together']:.2f}",
             f"{row['together_over_one_lora']:.2f}", *(f"{row['peak_mib'][way]:.0f}" for way in ("together", "alone")),
         )  # fmt: skip
     Console().print(table)
-    for name in MEMORY:
-        row = rows[name]
-        together, apart = (row[key] / 2**30 for key in ("together", "apart"))
-        print(f"{row['trials']} trials, {name}: {together:.2f} GiB together, {apart:.2f} in processes")
+
+
+def show_memory(rows: dict[str, dict[str, Any]]) -> None:
+    for name, row in rows.items():
+        sizes = (row[key] / 2**30 for key in ("together", "apart", "planned", "planned_apart"))
+        together, apart, planned, planned_apart = (f"{size:.2f}" for size in sizes)
+        print(
+            f"{row['trials']} trials, {name}: {together} GiB together ({planned} planned), {apart} in processes "
+            f"({planned_apart}): {row['ratio']:.3f}"
+        )
 
 
 if __name__ == "__main__":

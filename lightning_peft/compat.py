@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
+    from torch.distributed import Store
     from torch.optim import Optimizer
 
 
@@ -79,6 +80,24 @@ def give_slices(module: "nn.Module", rows: "Mapping[nn.Parameter, Tensor]") -> N
             place = held._module_info
             if (own := rows.get(getattr(place.module, place.param_name))) is not None:
                 held._sharded_param_data = own.view(-1)
+
+
+def store_of_ranks() -> "Store":
+    """Return the store in which the ranks of the process group have met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def entered_collectives() -> dict[str, int]:
+    """Return by the names of groups how many of their collectives this process has entered, also of one that waits."""
+    from torch.distributed.distributed_c10d import _world
+
+    found: dict[str, int] = {}
+    for group, name in list(_world.pg_names.items()):
+        backends: set[Any] = {group._get_backend(device) for device in group._device_types}
+        found[name] = sum(backend._get_sequence_number_for_group() for backend in backends)
+    return found
 
 
 def config_loader_of(path: "ConfigSearchPath") -> "ConfigLoader":

@@ -22,8 +22,6 @@ LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
 """Environment variable of a rank with the number of the process that started it, where that is this program."""
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for the others; loading a large model from a slow disk is in it."""
-TIME_TO_FOLLOW = timedelta(minutes=2)
-"""Longest wait for the other ranks to fail as this one has: what all do alike, they do at about the same time. Ours."""
 SECONDS_BETWEEN_WORDS = 30.0
 """Time that rank zero works by itself before it tells the others that it goes on."""
 WAIT_IS_SAID_AFTER = 20.0
@@ -148,21 +146,6 @@ def disconnect() -> None:
     """Leave the process group once every rank is here."""
     dist.barrier()
     dist.destroy_process_group()
-
-
-def meeting_place() -> "dist.ProcessGroup | None":
-    """Return what `all_follow` meets in, apart from all else that ranks wait for; None without others. All call it."""
-    return dist.new_group(backend="gloo") if is_connected() else None
-
-
-def all_follow(place: "dist.ProcessGroup | None") -> bool:
-    """Return whether every rank comes to the meeting place in `TIME_TO_FOLLOW`; once one has not, none can again."""
-    try:
-        if place is not None:
-            dist.monitored_barrier(place, TIME_TO_FOLLOW)
-    except RuntimeError:
-        return False
-    return True
 
 
 def is_lost_rank(error: BaseException) -> bool:

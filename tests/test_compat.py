@@ -24,6 +24,7 @@ HIDDEN = {
     "_should_accumulate", "_should_check_val_fx", "_data_fetcher", "_signal_connector", "_SignalConnector",
     "_step_supports_amp_scaling", "_set_params_and_buffers_to_ignore_for_model", "_fsdp_param", "ConfigLoaderImpl",
     "maybe_mark_dynamic", "_get_fsdp_state", "_fsdp_param_group", "_module_info", "_sharded_param_data",
+    "_get_default_store", "_world", "_get_sequence_number_for_group", "_get_backend", "_device_types",
 }  # fmt: skip
 
 
@@ -93,6 +94,22 @@ def test_slices_given_to_fsdp_are_those_that_it_sends():
         dist.destroy_process_group()
     assert held["weight"]._sharded_param_data.data_ptr() == rows.data_ptr()
     assert held["bias"]._sharded_param_data.data_ptr() == module.bias.to_local().data_ptr()
+
+
+def test_entered_collectives_are_counted_for_each_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group()
+        before = compat.entered_collectives()
+        for _ in range(2):
+            dist.all_reduce(torch.ones(1))
+        dist.broadcast(torch.ones(1), 0, group=group)
+        entered = compat.entered_collectives()
+        compat.store_of_ranks().set("word", "said")
+        assert compat.store_of_ranks().get("word") == b"said"
+    finally:
+        dist.destroy_process_group()
+    assert sorted(entered[name] - before[name] for name in entered) == [1, 2]
 
 
 def test_what_ddp_and_a_scaler_are_told_is_where_they_look():

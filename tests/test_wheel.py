@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.kernels.native.library import AMX, AVX2, AVX512_BF16
+from lightning_peft.training.host_memory import TENSOR_HEAP
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,8 @@ def test_wheel_outside_the_repository_trains_two_steps(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    for name in (*AVX512_BF16.headers, *AVX512_BF16.sources, *AVX2.sources, *AMX.sources):
+    of_processors = (*AVX512_BF16.headers, *AVX512_BF16.sources, *AVX2.sources, *AMX.sources)
+    for name in (*of_processors, *TENSOR_HEAP.sources):
         assert (tmp_path / "site" / "lightning_peft" / "kernels" / "native" / name).is_file()
     where = [sys.executable, "-c", "import lightning_peft; print(lightning_peft.__file__)"]
     found = subprocess.run(where, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout

@@ -13,7 +13,7 @@ from lightning_peft.kernels.frozen_linear import given
 from lightning_peft.kernels.segments import RandomState, Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
 
-PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+PASS_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of several models that go through the base at once, by the type of the device; a model's own are never parted.
 So many fill its products, and what a pass keeps of more would take memory and save no time. Ours."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from lightning_peft.command_configs.of_runs import EstimateConfig
-from lightning_peft.commands.step_estimate import estimate_of
+from lightning_peft.commands.step_estimate import estimate_of, memory_key
 from lightning_peft.commands.together import as_member
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.machine import GIB, Machine
@@ -20,23 +20,24 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
 
     Raises ValueError where nobody knows the memory, or not one trial fits.
     """
-    trials, room = [], math.inf
-    for config in map(as_member, configs):
+    kinds: dict[str, EstimateConfig] = {}
+    members, room = [as_member(config) for config in configs], math.inf
+    for config in members:
         options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
         limit = machine.memory(config.device_memory_gib)
         if limit is None:
             raise ValueError("sweep.together=auto: no GPU here to ask for its memory; give a number, or "
                              "device_memory_gib")  # fmt: skip
-        trials.append(EstimateConfig(**options))
+        kinds.setdefault(memory_key(config), EstimateConfig(**options))
         room = min(room, limit / processes)
-    most = len(trials)
-    for trial in trials:
+    most = len(members)
+    for trial in kinds.values():
         # Whichever trials come together, they take no more than as many of one of them. It need not be the one that
         # takes most by itself: only some of what a trial takes is there once for each.
         if estimate_of(trial, most).peak > room:
             most = bisect_right(range(1, most), room, key=lambda count: estimate_of(trial, count).peak)
         if most == 0:
-            peak = max(estimate_of(trial).peak for trial in trials)
+            peak = max(estimate_of(trial).peak for trial in kinds.values())
             raise ValueError(
                 f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
                 f"each of {processes} processes"

@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
 from lightning_peft.command_configs.of_runs import EstimateConfig, PriceConfig
-from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
+from lightning_peft.commands.step_estimate import estimate_of, memory_key, plan_of, with_fitting_checkpointing
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.estimation.memory import Estimate
@@ -108,15 +108,6 @@ def planned_run(run: TrainConfig) -> EstimateConfig:
         if run.cluster.gpus_per_node and run.trainer.get("accelerator", "auto") == "auto":
             values["trainer"]["accelerator"] = "gpu"
     return EstimateConfig(**values | {"cluster": None})
-
-
-def memory_key(run: EstimateConfig) -> str:
-    """Return a text that runs of the same memory have in common."""
-    alike = replace(run.data, train_path=None, validation_path=None)
-    trainer = {key: run.trainer.get(key) for key in ("accelerator", "devices", "num_nodes", "precision")}
-    accumulate = run.trainer.get("accumulate_grad_batches", 1)
-    parts = (run.model, run.adapter, run.quantization, run.objective, run.optimizer.name, alike, trainer, accumulate)
-    return repr((*parts, run.strategy, run.activation_checkpointing))
 
 
 def length_of(

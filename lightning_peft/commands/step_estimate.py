@@ -43,6 +43,8 @@ CHEAPEST_FIRST = (
     ActivationCheckpointing.blocks,
 )
 """Modes in the order of the work done twice."""
+OF_THE_STEP = ("accelerator", "devices", "num_nodes", "precision", "accumulate_grad_batches")
+"""Options of the trainer on which the memory of a step depends."""
 ROOM = {"cpu": 1.0, "cuda": 0.95}
 """Share of the usable memory that an estimate may take, which knows nothing of what an allocator leaves unused."""
 
@@ -87,6 +89,19 @@ def estimate_of(config: EstimateConfig, together: int = 1) -> Estimate:
         assert isinstance(objective, TaughtLoss), "the loss of options with a teacher"
         give_empty_teacher(objective, teacher)
     return estimate_step(objective, options)
+
+
+def memory_key(config: TrainConfig) -> str:
+    """Return a text that runs of one estimate have in common, whatever their rows, learning rates and seeds are.
+
+    An option that `estimate_of` does not read may be in it: then two runs are estimated where one would do.
+    """
+    adapter = replace(config.adapter, alpha=None, alpha_pattern={})
+    data = config.data.micro_batch_size, config.data.max_length, config.data.packing
+    trainer = {key: config.trainer.get(key) for key in OF_THE_STEP}
+    device = config.activation_checkpointing, config.device_memory_gib, config.compile
+    parts = (config.model, adapter, config.quantization, config.objective, config.optimizer.name, config.strategy)
+    return repr((*parts, data, trainer, device))
 
 
 def empty_teacher(config: TrainConfig, objective: TaughtConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -42,6 +42,7 @@ from lightning_peft.training.adapter_start import FirstBatches, chosen_in_full, 
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
 from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
+from lightning_peft.training.host_memory import use_tensor_heap
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.teacher import give_teacher, shares_base
 
@@ -102,6 +103,8 @@ class AdaptedModule(LightningModule):
                 'use plugins=[ComputePrecision("bf16-true")] instead'
             )
         sharding = strategy if isinstance(strategy, ShardedModel) else None
+        if strategy is not None and strategy.root_device.type == "cpu":
+            use_tensor_heap()
         self.objective = self.load(torch.device("cpu") if strategy is None else strategy.root_device, sharding)
         if self.quantization_config.verify:
             self.check_base()

@@ -1,9 +1,14 @@
-"""The C library's treatment of memory that a training step on a CPU has freed."""
+"""The memory that a training step on a CPU takes and frees: a heap for tensors, and the C library's settings."""
 
 import ctypes
 import logging
 import os
 import platform
+from pathlib import Path
+
+import torch
+
+from lightning_peft.kernels.native.library import Build, library
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +22,22 @@ SETTINGS = (
     "LD_PRELOAD",
 )  # fmt: skip
 """Environment variables by which a user sets this, or another allocator."""
+
+SMALLEST_OF_HEAP = 2**14
+"""Bytes from which a tensor lies in the heap for tensors. Ours: smaller ones are many and take little."""
+OF_TORCH = Path(torch.__file__).parent
+TENSOR_HEAP = Build(
+    ("tensor_heap.cpp",),
+    (),
+    (),
+    "tensors lie in the C library's heap, where a step on a CPU may hold half as much memory again",
+    lambda: platform.libc_ver()[0] == "glibc",
+    (
+        "-std=c++20", "-fexceptions", "-frtti", "-w", f"-I{OF_TORCH / 'include'}", f"-L{OF_TORCH / 'lib'}", "-lc10",
+        "-lstdc++", "-lgcc_s", f"-DTORCH_VERSION={torch.__version__}",
+    ),
+)  # fmt: skip
+"""The heap's library: it is of the torch whose headers it is made with."""
 
 
 def may_be_set() -> bool:
@@ -44,3 +65,16 @@ def keep_freed_memory() -> bool:
     kept = bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
     logger.debug("host memory that a step frees is kept for the next one: %s", kept)
     return kept
+
+
+def use_tensor_heap() -> bool:
+    """Let tensors that are made from now on lie in a heap of their own; return whether they do.
+
+    In glibc's, what a step frees is hardly ever taken by the next tensor of the same size: the holes are as large as
+    half of what it holds. A user's own settings and other C libraries are left alone.
+    """
+    if not may_be_set() or (heap := library(TENSOR_HEAP)) is None:
+        return False
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = (room, SMALLEST_OF_HEAP, LARGEST_FROM_HEAP)
+    return bool(heap.use_tensor_heap(*map(ctypes.c_size_t, sizes)))

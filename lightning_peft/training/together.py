@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_peft import distributed
@@ -35,6 +36,7 @@ from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
 from lightning_peft.optim.sharded import local
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.failed_alike import FailedAlike
 from lightning_peft.training.host_memory import share_heap
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
@@ -139,7 +141,7 @@ class RunGroup:
         self.slices: SlicedBase | None = None
         """The base where ranks hold slices of it, instead of a template."""
         self.checkpointing = ActivationCheckpointing.none
-        self.meeting_place = distributed.meeting_place()
+        self.failures: FailedAlike | None = None
 
     def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
         """Return a new tree of modules around the base, as `load_by_block` does; the first call reads the base."""
@@ -177,6 +179,7 @@ class RunGroup:
             self.back.release()
 
         share_heap()
+        self.failures = FailedAlike()
         start = random_states()
         for member in self.members:
             member.random = start
@@ -186,8 +189,8 @@ class RunGroup:
             for member in members:
                 self.give_turn(member)
                 if member.is_done:
-                    ended(member.number, outcomes[member.number])
                     self.check_all_failed(member, outcomes[member.number].error)
+                    ended(member.number, outcomes[member.number])
                     self.forget(member, outcomes[member.number])
 
         try:
@@ -198,6 +201,7 @@ class RunGroup:
                     give_turns(members)  # so that their gradients are gone before the next pass
         finally:
             self.signals.stop()
+            self.failures.stop()
         return outcomes
 
     def by_pass(self, present: Sequence[Member]) -> list[Sequence[Member]]:
@@ -214,11 +218,16 @@ class RunGroup:
         member.random = random_states()
 
     def check_all_failed(self, member: Member, error: BaseException | None) -> None:
-        """Raise RuntimeError for a member that failed on this rank and not on all.
+        """Raise RuntimeError for a member that failed on this rank and not on all, and its error where a rank is gone.
 
         It waits elsewhere for what this rank does no more, and would be answered by what the next member does here.
         """
-        if error is None or isinstance(error, Preempted) or distributed.all_follow(self.meeting_place):
+        assert self.failures is not None
+        if error is None or isinstance(error, Preempted):
+            return
+        if distributed.is_lost_rank(error):
+            raise error
+        if self.failures.on_all(member.number):
             return
         raise RuntimeError(
             f"{member.name} failed on rank {distributed.rank()} and not on all ({type(error).__name__}: {error}): no "
@@ -314,7 +323,7 @@ class SharedPasses:
         answers: list[tuple[Tensor, list[Tensor | None]]] = []
         for member, loss, own in zip(members, losses, own_parameters, strict=True):
             member.random[joined.input_ids.device.type] = self.batching.random[member.number].state
-            answers.append((loss.detach(), sliced_means(gradients[: len(own)], own)))
+            answers.append((loss.detach(), in_one_block(sliced_means(gradients[: len(own)], own))))
             del gradients[: len(own)]
         return answers
 
@@ -345,6 +354,18 @@ class SharedPasses:
         for module in self.loss.model.modules():
             if isinstance(module, SegmentedLinear):
                 module.forget(number)
+
+
+def in_one_block(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients as parts of one tensor, which slices are already.
+
+    Optimiser states would come to lie between single ones, and leave no hole for activations."""
+    own = [gradient for gradient in gradients if gradient is not None]
+    if not own or isinstance(own[0], DTensor) or len({gradient.dtype for gradient in own}) > 1:
+        return list(gradients)
+    block = torch.cat([gradient.reshape(-1) for gradient in own])
+    parts = iter(block.split([gradient.numel() for gradient in own]))
+    return [None if gradient is None else next(parts).view_as(gradient) for gradient in gradients]
 
 
 def in_one_row(batches: Sequence[Batch]) -> Batch:

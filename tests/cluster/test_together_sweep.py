@@ -22,6 +22,9 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.local_worker import claim
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_sweep, write_sweep
 
+SHARDED = ["quantization=nf4", "strategy=fsdp", "trainer.devices=2"]
+BASES = [[], pytest.param(SHARDED, marks=pytest.mark.multi_process)]
+
 
 def sweep_of(folder: Path, bases: list[str | None], together: int) -> Sweep:
     trials = [Trial(f"t{number}", [], base=base) for number, base in enumerate(bases)]
@@ -137,14 +140,7 @@ def test_one_trial_of_a_group_is_cancelled_and_retried(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "base",
-    [
-        [],
-        pytest.param(["quantization=nf4", "strategy=fsdp", "trainer.devices=2"], marks=pytest.mark.multi_process),
-    ],
-    ids=["alone", "fsdp"],
-)
+@pytest.mark.parametrize("base", BASES, ids=["alone", "fsdp"])
 def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path, base):
     folder = tmp_path / "sweep"
     words = [
@@ -177,9 +173,11 @@ def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path, base):
 
 
 @pytest.mark.slow
-def test_group_of_a_pruned_sweep_goes_on_with_those_that_a_rung_lets_on(tmp_path):
+@pytest.mark.parametrize("base", BASES, ids=["alone", "fsdp"])
+def test_group_of_a_pruned_sweep_goes_on_with_those_that_a_rung_lets_on(tmp_path, base):
     folder = tmp_path / "sweep"
     words = [
+        *base,
         "optimizer.lr=1e-5,1e-2,1e-6", "trainer.max_steps=8", "sweep.pruning=asha", "sweep.min_steps=3",
         "sweep.reduction=3", "sweep.together=3", "logger=csv", "cluster=local",
     ]  # fmt: skip

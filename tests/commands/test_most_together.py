@@ -1,10 +1,14 @@
 """Trials that `sweep.together=auto` puts into one process: what they take fits, whichever they are."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from tiny_runs import TINY, tiny_config
 
+from lightning_peft.commands import most_together
 from lightning_peft.commands.most_together import most_that_fit
-from lightning_peft.commands.step_estimate import estimate_of
+from lightning_peft.commands.step_estimate import estimate_of, memory_key
 from lightning_peft.compose import compose_config
 from lightning_peft.runs.machine import GIB, RESERVED, Machine
 
@@ -29,3 +33,39 @@ def test_trial_that_does_not_fit_alone_is_refused(tmp_path):
     config = tiny_config(tmp_path, *WORDS, "device_memory_gib=0.501")
     with pytest.raises(ValueError, match="sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00"):
         most_that_fit([config, config], CPU)
+
+
+OF_NO_WEIGHT = [
+    "seed=3", "optimizer.lr=0.5", "optimizer.weight_decay=0.1", "schedule=linear", "schedule.warmup_steps=3",
+    "adapter.alpha=4", "adapter.alpha=3", "trainer.max_steps=7", "trainer.gradient_clip_val=0.1", "data.max_rows=20",
+    "checkpoint.every_n_steps=5",
+]  # fmt: skip
+OF_SOME_WEIGHT = [
+    "rank=r4", "data.micro_batch_size=2", "data.max_length=32", "optimizer=adamw_8bit", "quantization=nf4",
+    "adapter.target_modules=[q_proj]", "trainer.accumulate_grad_batches=2", "adapter.dropout=0.1",
+    "activation_checkpointing=blocks", "trainer.precision=bf16-true", "strategy=ddp", "device_memory_gib=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", [*OF_NO_WEIGHT, *OF_SOME_WEIGHT])
+def test_trials_of_one_key_have_one_estimate(word):
+    plain, other = (compose_config("estimate", [*TINY, *WORDS, *own]) for own in ([], [word]))
+    is_same = memory_key(plain) == memory_key(other)
+    assert is_same == (word in OF_NO_WEIGHT)
+    if is_same:
+        assert estimate_of(plain, 4).phases == estimate_of(other, 4).phases
+
+
+def test_trials_that_differ_in_nothing_of_weight_are_estimated_once(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(trial: Any, together: int = 1) -> Any:
+        asked.append(together)
+        return estimate_of(trial, together)
+
+    monkeypatch.setattr(most_together, "estimate_of", counted)
+    config = tiny_config(tmp_path, *WORDS, "device_memory_gib=8")
+    rates = [replace(config, seed=n, optimizer=replace(config.optimizer, lr=10**-n)) for n in range(1, 9)]
+    larger = replace(config, adapter=replace(config.adapter, rank=64))
+    assert most_that_fit([*rates, larger, larger], CPU) == 10
+    assert asked == [10, 10]

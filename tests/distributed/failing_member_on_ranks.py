@@ -1,8 +1,8 @@
-"""A group of two runs on every rank, of which the first fails: on rank zero alone, or on all."""
+"""A group of two runs on every rank, of which the first fails: on all, on all but later, on rank zero alone."""
 
 import json
 import sys
-from datetime import timedelta
+import time
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ from lightning_peft import distributed
 from lightning_peft.training.together import Member, RunGroup
 
 
-def found_with(fails_on: list[int]) -> list[str]:
+def found_with(fails_on: list[int], late: float = 0.0) -> list[str]:
     def fail(member: Member) -> float:
         if distributed.rank() in fails_on:
+            time.sleep(late * distributed.rank())
             raise ValueError("a full disk")
         return float(distributed.reduce_sums(torch.tensor(1.0)))
 
@@ -29,11 +30,11 @@ def found_with(fails_on: list[int]) -> list[str]:
 
 def main(file: str) -> None:
     distributed.connect("cpu")
-    distributed.TIME_TO_FOLLOW = timedelta(seconds=5)
-    found = [found_with([0, 1])]
+    found = [found_with([0, 1]), found_with([0, 1], late=5.0)]
+    started = time.monotonic()
     if distributed.rank() == 0:
         found.append(found_with([0]))
-        Path(file).write_text(json.dumps(found))
+        Path(file).write_text(json.dumps([*found, time.monotonic() - started]))
     else:
         found_with([0])  # its end is that the other rank has left
 

@@ -142,7 +142,7 @@ def test_bf16_halves_the_base_and_not_the_adapters():
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("activation_checkpointing=blocks",)])
 def test_runs_together_share_the_base_and_a_pass(words):
-    words = *words, "data.max_length=64"
+    words = *words, "data.max_length=32"
     alone, three = tiny_estimate(*words), estimate_of(config_of(*words), together=3)
     rows = tiny_estimate(*words, "data.micro_batch_size=6")
     for name in ("base", "quantisation scales", "embeddings"):

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.kernels.native import library as native_library
-from lightning_peft.kernels.native.library import AMX, AVX2, AVX512_BF16, Build, compiled, has_instructions, library
+from lightning_peft.kernels.native.library import AMX, AVX2, AVX512_BF16, Build, compiled, library
+from lightning_peft.training.host_memory import TENSOR_HEAP
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-@pytest.fixture(params=[AVX512_BF16, AVX2, AMX], ids=["avx512_bf16", "avx2", "amx"])
+@pytest.fixture(params=[AVX512_BF16, AVX2, AMX, TENSOR_HEAP], ids=["avx512_bf16", "avx2", "amx", "tensor_heap"])
 def build(request: pytest.FixtureRequest) -> Build:
-    if not has_instructions(request.param):
-        pytest.skip("no processor with its instructions")
+    if not request.param.runs_here():
+        pytest.skip("not for this machine")
     return request.param
 
 
@@ -83,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert str(occupied) in caplog.text
 
 
-@pytest.mark.skipif(not has_instructions(AVX512_BF16), reason="no processor with AVX-512 and bf16 instructions")
+@pytest.mark.skipif(not AVX512_BF16.runs_here(), reason="no processor with AVX-512 and bf16 instructions")
 def test_threads_are_those_of_torch(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have the two compete for the cores."""
     program = """

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -70,3 +71,90 @@ def kib_of_threads(share: bool) -> int:
 
 def test_threads_that_share_a_heap_take_what_others_freed() -> None:
     assert kib_of_threads(share=True) < 130 * 1024
+
+
+HOLES = """
+import ctypes, torch
+from lightning_peft.training.host_memory import keep_freed_memory, use_tensor_heap
+malloc = ctypes.CDLL(None).malloc
+used = use_tensor_heap() if {own} else False
+keep_freed_memory()
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+before = anonymous()
+for step in range(12):
+    kept = []
+    for number in range(100):  # what a layer computes with is freed, what it keeps is not
+        passing = torch.ones(2**16 + 64 * ((number * 7 + step) % 50))
+        kept.append(torch.ones(2**16 + 64 * ((number * 5 + step) % 50)))
+        for small in (24, 40, 56, 72):
+            malloc(small)  # it lives on, as objects of C++ do
+        del passing
+    while kept:
+        passing = torch.ones(2**16)
+        kept.pop()
+print(used, anonymous() - before)
+"""
+
+
+def kib_of_steps(own: bool) -> int:
+    """Return what twelve steps leave taken that need 26 MiB each, with small things that stay between."""
+    command = [sys.executable, "-c", HOLES.format(own=own)]
+    used, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert used == str(own)
+    return int(grown)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_tensors_take_the_holes_that_the_step_before_left() -> None:
+    assert kib_of_steps(own=True) < 30 * 1024
+
+
+CHECKED = """
+import gc, os, random, torch
+from lightning_peft.training.host_memory import LARGEST_FROM_HEAP, SMALLEST_OF_HEAP, use_tensor_heap
+before = torch.ones(2**16)
+assert use_tensor_heap() and use_tensor_heap()
+random.seed(0)
+held = {}
+for step in range(4000):
+    if held and random.random() < 0.5:
+        size, number, tensor = held.pop(random.choice(list(held)))
+        assert tensor.numel() == size and bool((tensor == number).all())
+    size = random.choice([1, SMALLEST_OF_HEAP, 2**18, random.randrange(2**19)])
+    held[step] = size, step % 251, torch.full((size,), step % 251, dtype=torch.uint8)
+    assert held[step][2].data_ptr() % 64 == 0
+for size, number, tensor in held.values():
+    assert bool((tensor == number).all())
+x, w = torch.randn(256, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+assert torch.allclose((x @ w.t()).float(), x.float() @ w.float().t(), rtol=2e-2, atol=0.5)  # oneDNN's memory is of it
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+large = torch.ones(4 * LARGEST_FROM_HEAP, dtype=torch.uint8)
+taken = anonymous()
+assert bool((large == 1).all())
+del large
+assert taken - anonymous() > 100 * 1024  # what is large goes back to the system
+large = torch.ones(LARGEST_FROM_HEAP + 1, dtype=torch.uint8)
+grown = torch.ones(2**15, dtype=torch.uint8).resize_(2**20)
+del before, held, large
+if (child := os.fork()) == 0:
+    os._exit(int(torch.ones(2**20).sum()) != 2**20)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_tensors_of_the_heap_keep_what_is_written_to_them() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECKED], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+def test_settings_of_the_user_keep_tensors_where_they_are() -> None:
+    program = "from lightning_peft.training.host_memory import use_tensor_heap; print(use_tensor_heap())"
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"

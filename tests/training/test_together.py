@@ -21,7 +21,14 @@ from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
 from lightning_peft.training.preemption import Preempted
-from lightning_peft.training.together import Member, MemberSignals, RunGroup, SharedPasses
+from lightning_peft.training.together import (
+    HandedLoss,
+    Member,
+    MemberSignals,
+    RunGroup,
+    SharedPasses,
+    in_one_block,
+)  # fmt: skip
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
@@ -32,6 +39,12 @@ TRIALS: dict[str, list[str]] = {
     "adalora": ["method=adalora", "adapter.rank=6", "adapter.target_rank=3", "adapter.target_modules=[q_proj,v_proj]"],
 }
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens", "validation_loss")
+
+
+@pytest.fixture(autouse=True)
+def all_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows as long as these share a pass, as shorter ones do."""
+    monkeypatch.setitem(segments.PASS_TOKENS, "cpu", 8192)
 
 
 def configs(folder: Path, trials: Mapping[str, Sequence[str]], *words: str) -> dict[str, TrainConfig]:
@@ -158,6 +171,15 @@ def test_one_run_is_asked_to_leave_while_the_base_loads(tmp_path: Path) -> None:
     assert result(tmp_path / "dropped")["status"] == "finished"
     assert not (tmp_path / "plain" / LEAVE).exists()
     assert len(list((tmp_path / "plain" / "checkpoints").glob("*.ckpt"))) == 1
+
+
+def test_gradients_of_a_member_are_one_block_of_memory() -> None:
+    parameters = [nn.Parameter(torch.ones(count, 8)) for count in (2, 3, 4)]
+    own = [torch.full((2, 8), 1.0), None, torch.full((4, 8), 2.0)]
+    (HandedLoss.apply(torch.tensor(0.5), in_one_block(own), *parameters) * 3).backward()
+    first, none, last = (parameter.grad for parameter in parameters)
+    assert none is None and bool((first == 3).all()) and bool((last == 6).all())
+    assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
 
 
 def test_member_that_has_ended_is_freed_while_the_others_go_on(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Kernels in C++ for processors with AVX-512 and bf16 or with AVX2, and their compilation where they run."""
+"""Code in C++ and its compilation where it runs: kernels for AVX-512 with bf16 or AVX2, and a heap for tensors."""

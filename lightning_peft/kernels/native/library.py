@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,11 @@ class Build(NamedTuple):
     instructions: tuple[str, ...]
     """Flags of the instructions that its processors have."""
     without: str
-    """The work that goes on more slowly without the library."""
+    """The work that goes on without the library, and what that costs."""
+    runs_here: Callable[[], bool]
+    """Return whether this machine can run it."""
+    own_flags: tuple[str, ...] = ()
+    """Flags behind those that all builds have."""
 
 
 AVX512_BF16 = Build(
@@ -53,18 +57,22 @@ AVX512_BF16 = Build(
     ("vectors.h", "tiles.h", "rows.h"),
     ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
     "attention, adapters, loss and answers run without their compiled kernels, a quarter slower or more",
+    lambda: bool(torch.cpu._is_avx512_bf16_supported()),
 )
 AMX = Build(
     ("few_rows_amx.cpp",),
     AVX512_BF16.headers,
     (*AVX512_BF16.instructions, "-mamx-tile", "-mamx-bf16"),
     "answers in bf16 are written without the tiles of AMX, at half the speed in batches",
+    # The system gives tiles to those who ask for them.
+    lambda: bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()),
 )
 AVX2 = Build(
     ("few_rows.cpp",),
     (),
     ("-mfma", "-mavx2"),
     "answers in fp32 are written without their compiled kernels, at half the speed in batches",
+    lambda: bool(torch.cpu._is_avx2_supported()),
 )
 
 _switched_off = False
@@ -76,15 +84,6 @@ def library(build: Build = AVX512_BF16) -> ctypes.CDLL | None:
     The result is None on a processor without its instructions, and, with a logged line, where they do not compile.
     """
     return None if _switched_off else _load(build)
-
-
-def has_instructions(build: Build) -> bool:
-    """Return whether this processor runs a build."""
-    if build is AVX2:
-        return bool(torch.cpu._is_avx2_supported())
-    if build is AMX:  # the kernel of the system gives tiles to those who ask for them
-        return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
@@ -100,7 +99,7 @@ def without_kernels() -> Iterator[None]:
 
 @cache
 def _load(build: Build) -> ctypes.CDLL | None:
-    if not has_instructions(build):
+    if not build.runs_here():
         return None
     try:
         return ctypes.CDLL(str(compiled(build)))
@@ -126,7 +125,7 @@ def compiled(build: Build = AVX512_BF16) -> Path:
 
     Raises RuntimeError where the compiler fails, OSError where files do.
     """
-    digest = hashlib.sha256(" ".join((compiler(), *FLAGS, *build.instructions)).encode())
+    digest = hashlib.sha256(" ".join((compiler(), *FLAGS, *build.instructions, *build.own_flags)).encode())
     for name in (*build.headers, *build.sources):
         digest.update((FOLDER / name).read_bytes())
     path = user_cache() / "native" / f"{digest.hexdigest()[:16]}.so"
@@ -150,7 +149,7 @@ def compiler() -> str:
 def compile_to(path: Path, build: Build) -> None:
     """Compile to a file. Raises RuntimeError with the compiler's first complaint, ValueError for words without end."""
     sources = (str(FOLDER / name) for name in build.sources)
-    command = [*shlex.split(compiler()), *sources, "-o", str(path), *build.instructions, *FLAGS]
+    command = [*shlex.split(compiler()), *sources, "-o", str(path), *build.instructions, *FLAGS, *build.own_flags]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
