@@ -126,7 +126,7 @@ class SlotLinear(nn.Module):
         self.base_layer = base_layer
         self.name, self.number = name, number
         self.slots = slots
-        self.out_features, in_features = linear_shape(base_layer)
+        self.shape = self.out_features, in_features = linear_shape(base_layer)
         if slots.on_host:
             return
         device, rows = next(base_layer.parameters()).device, slots.count * slots.rank
@@ -292,24 +292,23 @@ class Slots:
 
     def _wrap_all(self, factors: Factors) -> None:
         """Wrap the layers of an adapter. Raises ValueError, before any is wrapped, for an adapter that does not fit."""
-        layers = {name: self._base_layer(name) for name in factors}
+        layers = {name: self._base_layer(name) for name in factors if name not in self.layers}
+        shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         for name, (A, B) in factors.items():
-            shape = linear_shape(layers[name])
+            shape = shapes[name] if name in shapes else self.layers[name].shape
             A_shape, B_shape = A.shape, B.shape
             fit = len(A_shape) == len(B_shape) == 2 and A_shape[0] == B_shape[0] and shape == (B_shape[1], A_shape[1])
-            if not fit or isinstance(layers[name], nn.Embedding):
+            if not fit or isinstance(layers.get(name), nn.Embedding):
                 raise ValueError(
                     f"{name}: the adapter's factors, A {tuple(A.shape)} and B transposed {tuple(B.shape)}, do not fit "
                     f"the model's layer of shape {shape}"
                 )
-        for name in factors.keys() - self.layers.keys():
-            self.layers[name] = SlotLinear(layers[name], name, len(self.layers), self)
+        for name, layer in layers.items():
+            self.layers[name] = SlotLinear(layer, name, len(self.layers), self)
             self.model.set_submodule(name, self.layers[name])
 
     def _base_layer(self, name: str) -> nn.Module:
-        """Return a linear layer of the model by name, wrapped or not yet. Raises ValueError."""
-        if name in self.layers:
-            return self.layers[name].base_layer
+        """Return a linear layer of the model by name. Raises ValueError."""
         try:
             layer = self.model.get_submodule(name)
             linear_shape(layer)
