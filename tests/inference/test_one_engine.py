@@ -312,6 +312,16 @@ def test_a_stream_is_over_when_its_thread_is(family: str) -> None:
         assert model.generation_config is own and threading.active_count() == before
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stream_that_nobody_takes_on_ends(family: str) -> None:
+    model, tokenizer = model_of(family), letters_tokenizer()
+    own, before = model.generation_config, threading.active_count()
+    stream = generate_stream(model, tokenizer, [5, 6, 7], SamplingConfig(max_new_tokens=TOKENS))
+    next(stream)
+    stream.close()
+    assert model.generation_config is own and threading.active_count() == before
+
+
 def test_room_is_made_for_no_more_than_the_context(monkeypatch) -> None:
     """Who asks for a million tokens means no bound; that many positions a row would leave room for one row."""
     asked = []
