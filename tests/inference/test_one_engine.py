@@ -92,7 +92,7 @@ class Served:
 
     def __init__(self, model, folder: Path | None, tokenizer, layout: PromptLayout):
         slots = Slots(model, 2, 4, next(model.parameters()).dtype)
-        tiers, self.folder = AdapterTiers(slots, 4, "", "base"), folder
+        tiers, self.folder = AdapterTiers(slots, 4, lambda folder: None), folder
         self.engine = Engine(Decoder(model.requires_grad_(False), slots), tiers, tokenizer, 8, 64)
         base = PromptLayout(stop_token_ids=[2]).with_stops(sorted(declared_end_ids(model)))
         self.serving = Serving(self.engine, tiers, tokenizer, "base", base, None, ServerConfig())
