@@ -26,7 +26,15 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Layer -> scaling * A (rank, in_features) and B^T (rank, out_features), in the dtype of the slots, on the host."""
 
 
-def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+class CastFactors(dict[str, tuple[Tensor, Tensor]]):
+    """An adapter as the slots hold it; slots on the host check one once, however often it is loaded."""
+
+    checked_by: "Slots | None" = None
+    table: "few_rows.FactorTable | None" = None
+    """Its addresses by the layers of those slots."""
+
+
+def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> CastFactors:
     """Return an adapter as the slots hold it: rounded where training rounds it, so that its products are the same."""
     A, B = [part.A for part in change.values()], [part.B.t() for part in change.values()]
     scalings = [part.scaling for part in change.values()]
@@ -38,7 +46,7 @@ def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str,
         few_rows.cast(B, [1.0] * len(B), True, flat[sum(map(Tensor.numel, A)) :])
     else:
         torch._foreach_copy_(cast, [*torch._foreach_mul(A, scalings), *B])
-    return dict(zip(change, zip(cast[: len(change)], cast[len(change) :], strict=True), strict=True))
+    return CastFactors(zip(change, zip(cast[: len(change)], cast[len(change) :], strict=True), strict=True))
 
 
 def are_finite(factors: Factors) -> bool:
@@ -126,7 +134,7 @@ class SlotLinear(nn.Module):
         self.base_layer = base_layer
         self.name, self.number = name, number
         self.slots = slots
-        self.out_features, in_features = linear_shape(base_layer)
+        self.shape = self.out_features, in_features = linear_shape(base_layer)
         if slots.on_host:
             return
         device, rows = next(base_layer.parameters()).device, slots.count * slots.rank
@@ -236,15 +244,20 @@ class Slots:
 
         A failure in the middle of it leaves a slot that the next adapter may have.
         """
-        self._wrap_all(factors)
-        rank = max(A.shape[0] for A, _ in factors.values())  # len() of a tensor is slow
-        if rank > self.rank:
-            raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
+        table = factors.table if isinstance(factors, CastFactors) and factors.checked_by is self else None
+        if table is None:
+            self._wrap_all(factors)
+            rank = max(A.shape[0] for A, _ in factors.values())  # len() of a tensor is slow
+            if rank > self.rank:
+                raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
         self.last = None
         self.finite.pop(slot, None)
         if self.on_host:
-            self.tables[slot] = few_rows.FactorTable.of([factors.get(name) for name in self.layers], self.dtype)
-            self.held[slot] = factors
+            if table is None:
+                table = few_rows.FactorTable.of([factors.get(name) for name in self.layers], self.dtype)
+                if isinstance(factors, CastFactors):
+                    factors.checked_by, factors.table = self, table
+            self.held[slot], self.tables[slot] = factors, table
         else:
             self._copy(slot, factors)
         if known_finite:
@@ -307,24 +320,23 @@ class Slots:
 
     def _wrap_all(self, factors: Factors) -> None:
         """Wrap the layers of an adapter. Raises ValueError, before any is wrapped, for an adapter that does not fit."""
-        layers = {name: self._base_layer(name) for name in factors}
+        layers = {name: self._base_layer(name) for name in factors if name not in self.layers}
+        shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         for name, (A, B) in factors.items():
-            shape = linear_shape(layers[name])
+            shape = shapes[name] if name in shapes else self.layers[name].shape
             A_shape, B_shape = A.shape, B.shape
             fit = len(A_shape) == len(B_shape) == 2 and A_shape[0] == B_shape[0] and shape == (B_shape[1], A_shape[1])
-            if not fit or isinstance(layers[name], nn.Embedding):
+            if not fit or isinstance(layers.get(name), nn.Embedding):
                 raise ValueError(
                     f"{name}: the adapter's factors, A {tuple(A.shape)} and B transposed {tuple(B.shape)}, do not fit "
                     f"the model's layer of shape {shape}"
                 )
-        for name in factors.keys() - self.layers.keys():
-            self.layers[name] = SlotLinear(layers[name], name, len(self.layers), self)
+        for name, layer in layers.items():
+            self.layers[name] = SlotLinear(layer, name, len(self.layers), self)
             self.model.set_submodule(name, self.layers[name])
 
     def _base_layer(self, name: str) -> nn.Module:
-        """Return a linear layer of the model by name, wrapped or not yet. Raises ValueError."""
-        if name in self.layers:
-            return self.layers[name].base_layer
+        """Return a linear layer of the model by name. Raises ValueError."""
         try:
             layer = self.model.get_submodule(name)
             linear_shape(layer)

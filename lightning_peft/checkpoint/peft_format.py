@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,7 @@ from lightning_peft.checkpoint.peft_words import (
     write_words,
 )
 from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gathered
+from lightning_peft.checkpoint.safetensors_bytes import tensors_of
 from lightning_peft.quantization.weights import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -207,13 +208,12 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
     read_config(folder, words, shapes)  # refuses what we do not have
     found = {}
     for name, shape in layer_shapes(shapes, row).items():
-        keys = [f"{PREFIX}{name}.lora_{part}.weight" for part in "AB"]
-        if not tensors.keys() >= set(keys):
+        A, B = (tensors.get(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
+        if A is None or B is None:
             raise AdapterFileError(f"{folder}: {name} is an embedding, whose adapter is served alone")
-        A, B = (tensors[key].float() for key in keys)
-        if len(A) != B.shape[1]:
+        if A.shape[0] != B.shape[1]:  # len() of a tensor is slow
             raise AdapterFileError(f"{folder}: {name} has A of rank {len(A)} and B of {B.shape[1]}, which are no pair")
-        found[name] = LowRank(A, B, stored_scaling(words, row, name, shape[0]))
+        found[name] = LowRank(A.float(), B.float(), stored_scaling(words, row, name, shape[0]))
     return found
 
 
@@ -315,8 +315,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in _files(folder):
         try:
-            content = _existing(folder, part).read_bytes()
-            found = load(content)  # one call for all tensors: one by one their calls take longer than the bytes
+            content = _read(_existing(folder, part))
+            found = tensors_of(content)
         except (SafetensorError, OSError) as error:
             raise _damaged(folder / part, error) from error
         tensors |= {_plain_name(name): tensor for name, tensor in found.items()}
@@ -327,6 +327,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 "if it was changed on purpose, delete lineage.json"
             )
     return dict(sorted(tensors.items()))  # the library gives names in another order in every process
+
+
+def _read(path: Path) -> bytearray:
+    content = bytearray(path.stat().st_size)
+    with path.open("rb") as file:
+        del content[file.readinto(content) :]  # type: ignore[attr-defined]
+    return content
 
 
 def adapter_sha256(folder: Path) -> str:

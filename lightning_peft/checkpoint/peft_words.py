@@ -197,8 +197,8 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         logger.info("%s: bias=%s, and the model had none to train", folder, options["bias"].name)
         options["bias"] = Bias.none
     # HF trains the rows of two tied layers together.
-    whole = [name for name in shapes if not name.endswith(ROWS)]
-    outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]
+    parts = {name.rpartition(".lora_")[0] or name for name in shapes if not name.endswith(ROWS)}
+    outside_blocks = [name for name in parts if name.startswith(PREFIX) and block_depth(f"{name}.") is None]
     return METHODS[method].config(
         # PEFT changes one of two tied layers alone; our own folders name both, or neither, or say that they untie.
         untie_embeddings=bool(outside_blocks) and _unties(read_lineage(folder)),
@@ -282,9 +282,10 @@ def _check_values(folder: Path, words: Words, row: PeftSpelling) -> None:
 def layer_shapes(shapes: Shapes, row: PeftSpelling) -> dict[str, tuple[int, ...]]:
     """Return the shape of each adapted layer's first tensor, whose dimension 0 is the rank."""
     found: dict[str, tuple[int, ...]] = {}
+    named = [(name, shape) for name, shape in shapes.items() if name.startswith(PREFIX)]
     for ending in (f".{tensor}" for tensor in row.tensors):
-        for name, shape in shapes.items():
-            if name.endswith(ending) and name.startswith(PREFIX):
+        for name, shape in named:
+            if name.endswith(ending):
                 found.setdefault(name[len(PREFIX) : -len(ending)], shape)
     return found
 

@@ -129,6 +129,20 @@ def test_an_adapter_leaves_its_slot() -> None:
         torch.testing.assert_close(logits(model)[0], logits(alone(1))[0], rtol=1e-5, atol=2e-5)
 
 
+def test_slots_of_another_model_check_an_adapter_anew() -> None:
+    factors = cast_factors(change_of(alone(0)), torch.float32)
+    Slots(llama(), 1, 8, torch.float32, on_host=True).load(0, factors)
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="the model has no linear layer of that name"):
+        Slots(model, 1, 8, torch.float32, on_host=True).load(0, factors)
+    model = llama()
+    slots = Slots(model, 1, 8, torch.float32, on_host=True)
+    for slot in (0, 3):  # the second time without a check
+        slots.load(slot, factors)
+        with slots.routed([slot, -1]):
+            torch.testing.assert_close(logits(model)[0], logits(alone(0))[0], rtol=1e-5, atol=2e-5)
+
+
 def test_adapters_of_other_layers_come_one_after_the_other() -> None:
     """The layers of the second are unknown when the first is loaded."""
     model = llama()
