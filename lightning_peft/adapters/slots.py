@@ -276,6 +276,8 @@ class Slots:
         Some models compute with their layers by themselves, and would no longer run without an adapter either.
         """
         if self.on_host:
+            if isinstance(factors := self.held.get(slot), CastFactors):
+                factors.checked_by = factors.table = None
             self.unload(slot)
         new = [*self.layers][known:]
         for name in new:
