@@ -26,11 +26,12 @@ from benchmarks.machine import fastest_dtype
 from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.slots import Slots, cast_factors
+from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
 from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.models.loading import load_model, load_tokenizer, model_name
+from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.serving.engine import Engine, GenerationRequest
 from lightning_peft.serving.tiers import AdapterTiers
@@ -150,8 +151,8 @@ def swap(bench: Bench) -> dict[str, Any]:
 
 
 def tiers_of(bench: Bench, slots: Slots, count: int, host_limit: int) -> AdapterTiers:
-    model = bench.config.model
-    tiers = AdapterTiers(slots, host_limit, source_fingerprint(model), model_name(model))
+    fingerprint = source_fingerprint(bench.config.model)
+    tiers = AdapterTiers(slots, host_limit, lambda folder: check_lineage(folder, fingerprint))
     tiers.folders = {f"a{number}": bench.path(number) for number in range(count)}
     return tiers
 

@@ -270,6 +270,23 @@ class Slots:
         for of_slots in (self.held, self.tables, self.finite):
             of_slots.pop(slot, None)
 
+    def take_back(self, slot: int, known: int) -> None:
+        """Leave a slot empty, and all but the first `known` layers as the model had them: no other slot changes these.
+
+        Some models compute with their layers by themselves, and would no longer run without an adapter either.
+        """
+        if self.on_host:
+            if isinstance(factors := self.held.get(slot), CastFactors):
+                factors.checked_by = factors.table = None
+            self.unload(slot)
+        new = [*self.layers][known:]
+        for name in new:
+            self.model.set_submodule(name, self.layers.pop(name).base_layer)
+        self.last = None
+        self.places.clear()
+        for written in self.written:
+            written.difference_update(new)
+
     @torch.no_grad()
     def _copy(self, slot: int, factors: Factors) -> None:
         places = self._places(slot)

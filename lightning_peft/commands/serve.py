@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +28,9 @@ from lightning_peft.commands.adapted import (
     say_settings_not_followed,
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm, stored_rank
-from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.inference.own_settings import declared_end_ids
-from lightning_peft.inference.prompt_batches import OWN_ERRORS
-from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.tried_steps import tried_text
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
@@ -110,7 +108,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         # The server is an optional extra.
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
     first = served.first
-    name, base, fingerprint = served.name, served.base, served.fingerprint
+    name, base = served.name, served.base
     ranks, alone, examples = checked(folders, served)
     rank = config.serve.max_rank or max((*ranks, *served.ranks), default=DEFAULT_RANK)
     if alone is not None and (len(folders) > 1 or directory is not None):
@@ -142,14 +140,15 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
         layout = layout_of(None, tokenizer)
         slots = Slots(model, config.serve.slots, rank, dtype)
-        tiers = AdapterTiers(slots, config.serve.host_adapters, fingerprint, model_name(base), directory)
-        tiers.folders = folders
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
     say_settings_not_followed(model)
     decoder = Decoder(model, slots)
     if slots is not None:
         try_adapters(decoder, slots, examples)
+        check = partial(check_is_of_base, served=served)
+        tiers = AdapterTiers(slots, config.serve.host_adapters, check, directory, decoder.try_slot)
+        tiers.folders = folders
     if not decoder.can_batch:
         kind = type(model).__name__
         logger.warning("%s: one request is answered at a time, as its memory is more than keys and values", kind)
@@ -236,28 +235,24 @@ def say_other_dtypes(folders: Sequence[tuple[str, Path]], dtype: torch.dtype) ->
 
 def try_adapters(decoder: Decoder, slots: Slots, examples: Sequence[tuple[str, Path]]) -> None:
     """Raise ValueError for an adapter of layers that the model computes with by itself, or feeds no rows of a batch."""
-    text, sampling = tried_text(decoder.model), SamplingConfig(max_new_tokens=2)
     for name, folder in examples:
         try:
             slots.load(0, cast_factors(read_low_rank(folder), slots.dtype))
         except ValueError:  # it fits no slot, which each request to it is told
             continue
-        asked = (text, 0), (text[: len(text) // 2], -1)
-        rows = [RunningSequence(prompt, sampling, lambda _: True, slot) for prompt, slot in asked]
         try:
-            for group in [rows] if decoder.can_batch else [[row] for row in rows]:
-                decoder.add(*group)
-                while decoder.rows:
-                    decoder.step()
-        except torch.OutOfMemoryError:  # that failure says nothing of the model
-            raise
-        except OWN_ERRORS as error:
-            raise ValueError(
-                f"adapters: {name}={folder}: {type(decoder.model).__name__} cannot be asked through it beside others "
-                f"({error}); `lightning-peft merge` makes a model of it and its base"
-            ) from error
+            decoder.try_slot(0)
+        except ValueError as error:
+            raise ValueError(f"adapters: {name}={folder}: {error}") from error
     if slots.on_host:
         slots.unload(0)
+
+
+def check_is_of_base(folder: Path, served: Served, words: str | None = None) -> None:
+    """Raise ValueError for an adapter of another base, or of none that writes answers; `words` name it as typed."""
+    check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
+    check_same_model(words or str(folder), folder, served.base)
+    refuse_rewards(folder)
 
 
 def checked(
@@ -271,9 +266,7 @@ def checked(
     examples: dict[frozenset[str], tuple[str, Path]] = {}
     alone: AdapterFileError | None = None
     for name, folder in folders.items():
-        check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
-        check_same_model(f"adapters: {name}={folder}", folder, served.base)
-        refuse_rewards(folder)
+        check_is_of_base(folder, served, f"adapters: {name}={folder}")
         try:
             change = read_low_rank(folder)
         except AdapterFileError as error:

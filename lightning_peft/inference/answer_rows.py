@@ -1,7 +1,8 @@
 """The answers of a call: where they end, what their tokens are drawn by, and their texts, whoever computes scores."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -70,15 +71,16 @@ class AnswerRows:
         said = [self.said(number) for number in range(len(self.rows))]
         return self.tokenizer.batch_decode(said, skip_special_tokens=True)
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+    def pieces(self, tokens: Generator[int, None, None]) -> Iterator[str]:
         """Yield the text of the only answer as its tokens come. Raises ValueError where there is none."""
         text, handed_on = AnswerText(self.tokenizer), 0
-        for token in tokens:  # to their end: a thread that writes them is to be left behind by nobody
-            if token not in self.ends:
-                text.add(token)
-            if text.is_ready and len(text.whole) > handed_on:
-                yield text.whole[handed_on:]
-                handed_on = len(text.whole)
+        with closing(tokens):  # a thread that writes them is to be left behind by nobody
+            for token in tokens:  # to their end, for the same reason
+                if token not in self.ends:
+                    text.add(token)
+                if text.is_ready and len(text.whole) > handed_on:
+                    yield text.whole[handed_on:]
+                    handed_on = len(text.whole)
         if len(text.whole) > handed_on:
             yield text.whole[handed_on:]
         if self.failed:

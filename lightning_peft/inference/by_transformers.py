@@ -4,11 +4,11 @@ The decoder of other models decides here too which token is taken, and where an 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -121,19 +121,24 @@ def generated(model: PreTrainedModel, answers: AnswerRows, sampling: SamplingCon
         run(model, answers, [rows[i]], way, config)
 
 
-def generated_tokens(model: PreTrainedModel, answers: AnswerRows, sampling: SamplingConfig) -> Iterator[int]:
-    """Yield the tokens of the only answer as they come; `generate` runs in a thread."""
+def generated_tokens(
+    model: PreTrainedModel, answers: AnswerRows, sampling: SamplingConfig
+) -> Generator[int, None, None]:
+    """Yield the tokens of the only answer as they come; `generate` runs in a thread, which ends with the last of them.
+
+    A caller that takes no more of them ends it too: it holds the model's generation config meanwhile.
+    """
     (row,) = answers.rows
     config = generation_config(sampling, answers.ends, answers.tokenizer, model)
     (config.max_new_tokens,) = room_for(model, [row.prompt], sampling.max_new_tokens)
     config.use_cache = takes_cache(model, row.prompt, config.pad_token_id)
     tokens: SimpleQueue[int | None] = SimpleQueue()
     failure: list[BaseException] = []
-    goes_on = row.on_token
+    left, goes_on = Event(), row.on_token
 
     def hand_on(choice: Any) -> bool:
         tokens.put(choice.token)
-        return goes_on(choice)
+        return goes_on(choice) and not left.is_set()
 
     def write() -> None:
         try:
@@ -146,8 +151,11 @@ def generated_tokens(model: PreTrainedModel, answers: AnswerRows, sampling: Samp
     row.on_token = hand_on
     thread = Thread(target=write, daemon=True)
     thread.start()
-    yield from iter(tokens.get, None)
-    thread.join()
+    try:
+        yield from iter(tokens.get, None)
+    finally:
+        left.set()
+        thread.join()
     if failure:
         raise failure[0]
 

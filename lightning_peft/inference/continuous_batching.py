@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.slots import Slots
+from lightning_peft.inference.prompt_batches import OWN_ERRORS
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.tried_steps import steps_of
+from lightning_peft.inference.tried_steps import steps_of, tried_text
 
 NOT_FINITE = "the scores of the next token are not finite, so there is no answer"
 SMALLEST_TEMPERATURE = 1e-30
@@ -73,7 +74,7 @@ class Decoder:
     """The rows of one batch, one at a time where not `can_batch`. Used by one thread."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
-        self.model = model
+        self.model, self.slots = model, slots
         self.steps, self.can_batch = steps_of(model, slots)
         self.rows: list[RunningSequence] = []
 
@@ -90,6 +91,28 @@ class Decoder:
         """Give every row its next token; return those that ended."""
         scores = self.steps.step([row.tokens[-1] for row in self.rows], [row.slot for row in self.rows])
         return self._choose(scores, list(self.rows))
+
+    @torch.inference_mode()
+    def try_slot(self, slot: int) -> None:
+        """Raise ValueError where the model computes with adapted layers by itself, or feeds them no rows of a batch.
+
+        The rows of the batch are left alone.
+        """
+        text, steps = tried_text(self.model), type(self.steps)(self.model, self.slots)
+        asked = [(text, slot), (text[: len(text) // 2], -1)]
+        try:
+            for group in [asked] if self.can_batch else [[each] for each in asked]:
+                prompts, routes = [prompt for prompt, _ in group], [route for _, route in group]
+                steps.begin(prompts, routes)
+                steps.step([prompt[-1] for prompt in prompts], routes)
+                steps.keep([])
+        except torch.OutOfMemoryError:  # that failure says nothing of the model
+            raise
+        except OWN_ERRORS as error:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be asked through it beside others ({error}); "
+                "`lightning-peft merge` makes a model of it and its base"
+            ) from error
 
     def drop(self, rows: list[RunningSequence]) -> None:
         """Take rows out; the last ones take their places, so that no other moves."""

@@ -1,7 +1,7 @@
 """Text from a causal language model: batches of prompts, or one streamed token by token."""
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -115,7 +115,7 @@ def decode(model: PreTrainedModel, answers: AnswerRows, sampling: SamplingConfig
             decoder.step()
 
 
-def decoded_tokens(model: PreTrainedModel, answers: AnswerRows) -> Iterator[int]:
+def decoded_tokens(model: PreTrainedModel, answers: AnswerRows) -> Generator[int, None, None]:
     """Yield the tokens of the only answer as our decoder has them."""
     (row,), decoder = answers.rows, Decoder(model)
     decoder.add(row)

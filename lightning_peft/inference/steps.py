@@ -67,6 +67,9 @@ def has_window(model: PreTrainedModel) -> bool:
 class Steps(Protocol):
     """The rows of one batch."""
 
+    def __init__(self, model: PreTrainedModel, slots: Slots | None):
+        """Begin without rows."""
+
     def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
         """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
 

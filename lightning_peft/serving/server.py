@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.inference.answer_text import MOST_KEPT
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest
@@ -30,8 +31,6 @@ SECONDS_BETWEEN_LOOKS = 0.5
 RETRY_AFTER = "1"
 PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
-TOKENS_BEFORE = 8
-"""Last tokens of a text whose blanks decide how the next token is read."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
 OPEN = ("/", "/health")
@@ -138,7 +137,7 @@ def build_app(serving: Serving) -> FastAPI:
         if not prompt:
             raise ApiError(400, "prompt: is empty")
         answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0, serving.tokenizer)
-        return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request, prompt[-TOKENS_BEFORE:])
+        return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request, prompt[-MOST_KEPT:])
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> dict[str, str]:

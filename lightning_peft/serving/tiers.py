@@ -1,10 +1,10 @@
 """The places of adapters: all are on disk, the ones used last on the host, a few in slots beside the model."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
-from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.serving.vllm_middleware import NAME
@@ -17,12 +17,21 @@ class UnknownModelError(KeyError):
 class AdapterTiers:
     """Adapters of one base by name, loaded and used by one thread; a slot in use keeps its adapter.
 
-    `folders` are the registered adapters; with `directory` every folder in it is one too, by its name.
+    `folders` are the registered adapters; with `directory` every folder in it is one too, by its name. `check` raises
+    ValueError for the folder of an adapter that is not the base's, `try_slot` where the model cannot be asked through
+    the adapter in a slot.
     """
 
-    def __init__(self, slots: Slots, host_limit: int, fingerprint: str, base_name: str, directory: Path | None = None):
+    def __init__(
+        self,
+        slots: Slots,
+        host_limit: int,
+        check: Callable[[Path], object],
+        directory: Path | None = None,
+        try_slot: Callable[[int], object] = lambda slot: None,
+    ):
         self.slots, self.host_limit, self.directory = slots, host_limit, directory
-        self.fingerprint, self.base_name = fingerprint, base_name
+        self.check, self.try_slot = check, try_slot
         self.folders: dict[str, Path] = {}
         self.host: OrderedDict[Path, Factors] = OrderedDict()
         self.in_slot: list[Path | None] = [None] * slots.count
@@ -52,7 +61,7 @@ class AdapterTiers:
         if folder in self.host:
             self.host.move_to_end(folder)
             return self.host[folder]
-        check_lineage(folder, self.fingerprint, base_name=self.base_name)
+        self.check(folder)
         factors = cast_factors(read_low_rank(folder), self.slots.dtype)
         rank = max(A.shape[0] for A, _ in factors.values())
         if rank > self.slots.rank:
@@ -81,13 +90,26 @@ class AdapterTiers:
                 return None
             slot, factors = free, self.on_host(folder)
             self.in_slot[slot] = None  # the loading may fail halfway
-            self.slots.load(slot, factors, known_finite=True)
+            self._load(slot, folder, factors)
             self.loads["host"] += 1
             self.in_slot[slot] = folder
         self.users[slot] += 1
         self.order.remove(slot)
         self.order.append(slot)
         return slot
+
+    def _load(self, slot: int, folder: Path, factors: Factors) -> None:
+        """Put an adapter into a slot; layers that none has changed before are tried. Raises ValueError."""
+        known = len(self.slots.layers)
+        try:
+            self.slots.load(slot, factors, known_finite=True)
+            if len(self.slots.layers) > known:
+                self.try_slot(slot)
+        except Exception as error:
+            self.slots.take_back(slot, known)
+            if isinstance(error, ValueError):
+                raise ValueError(f"{folder}: {error}") from error
+            raise
 
     def _one_more(self) -> int:
         self.order.append(slot := len(self.in_slot))
@@ -112,4 +134,6 @@ class AdapterTiers:
     def forget(self, folder: Path) -> None:
         """Read a folder anew when it is next asked for; requests in flight end with what they began with."""
         self.host.pop(folder, None)
-        self.in_slot = [None if held == folder else held for held in self.in_slot]
+        for slot, held in enumerate(self.in_slot):  # in place: meanwhile the engine's thread may release another
+            if held == folder:
+                self.in_slot[slot] = None

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_peft.inference.answer_text import AnswerText
+from lightning_peft.inference.answer_text import UNFINISHED, AnswerText
 from lightning_peft.models.tiny import tiny_tokenizer
 
 TEXTS = (
@@ -12,6 +12,7 @@ TEXTS = (
     "naïve café — 日本語 🎉🎉 " * 12,
     "  two  blanks\n    and an indent\n" * 9,
     "x" * 63 + "é" * 70,
+    "日本語" * 40,
 )
 
 
@@ -44,7 +45,18 @@ def test_text_grows_to_that_of_all_tokens(make, text: str) -> None:
         answer.add(token)
         whole = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
         # Of bytes that are cut in a character, a fallback leaves none as it is.
-        assert answer.whole == whole or not answer.is_ready
+        assert answer.whole == whole if answer.is_ready else whole.endswith(UNFINISHED)
+
+
+@pytest.mark.parametrize("count", range(3, 16))
+def test_a_text_goes_on_with_characters_that_are_bytes(count: int) -> None:
+    """The last tokens of a prompt may begin within a character; so many of them are looked at that they do not."""
+    tokenizer = blanks_by_metaspace()
+    ids = tokenizer("日本語" * 6, add_special_tokens=False)["input_ids"]
+    answer = AnswerText(tokenizer, ids[: 3 * count + 1])
+    for token in ids[3 * count + 1 :]:
+        answer.add(token)
+    assert answer.whole == ("日本語" * 6)[count:]
 
 
 def test_few_tokens_are_decoded_at_once() -> None:

@@ -92,7 +92,7 @@ class Served:
 
     def __init__(self, model, folder: Path | None, tokenizer, layout: PromptLayout):
         slots = Slots(model, 2, 4, next(model.parameters()).dtype)
-        tiers, self.folder = AdapterTiers(slots, 4, "", "base"), folder
+        tiers, self.folder = AdapterTiers(slots, 4, lambda folder: None), folder
         self.engine = Engine(Decoder(model.requires_grad_(False), slots), tiers, tokenizer, 8, 64)
         base = PromptLayout(stop_token_ids=[2]).with_stops(sorted(declared_end_ids(model)))
         self.serving = Serving(self.engine, tiers, tokenizer, "base", base, None, ServerConfig())
@@ -310,6 +310,16 @@ def test_a_stream_is_over_when_its_thread_is(family: str) -> None:
         text = "".join(generate_stream(model, tokenizer, [5, 6, 7], SamplingConfig(max_new_tokens=TOKENS), [stop]))
         assert text == whole.partition(whole[2])[0]
         assert model.generation_config is own and threading.active_count() == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stream_that_nobody_takes_on_ends(family: str) -> None:
+    model, tokenizer = model_of(family), letters_tokenizer()
+    own, before = model.generation_config, threading.active_count()
+    stream = generate_stream(model, tokenizer, [5, 6, 7], SamplingConfig(max_new_tokens=TOKENS))
+    next(stream)
+    stream.close()
+    assert model.generation_config is own and threading.active_count() == before
 
 
 def test_room_is_made_for_no_more_than_the_context(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,17 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.checkpoint.lineage import FILE_NAME, LineageError
 from lightning_peft.checkpoint.peft_format import save_adapter
-from lightning_peft.commands.serve import checked, say_other_dtypes, try_adapters
+from lightning_peft.commands.serve import check_is_of_base, checked, say_other_dtypes, try_adapters
 from lightning_peft.commands.serve_vllm import Served
 from lightning_peft.inference.continuous_batching import Decoder
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.serving.engine import Engine, GenerationRequest, Piece
+from lightning_peft.serving.tiers import AdapterTiers
 
 TINY = ModelConfig("tiny")
 SCALED = {"type": "linear", "factor": 2.0, "original_max_position_embeddings": None}
@@ -44,7 +49,7 @@ def trained(folder: Path, **changes: object) -> dict[str, Path]:
 
 
 def served(base: ModelConfig = TINY, kind: Kind = Kind.none) -> Served:
-    return Served("tiny", base, QuantizationConfig(kind=kind), source_fingerprint(TINY), None)
+    return Served("tiny", base, QuantizationConfig(kind=kind), source_fingerprint(TINY), None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -84,14 +89,68 @@ def test_an_adapter_that_was_trained_in_another_dtype_is_named(adapter, caplog) 
     assert "adapters: a was trained in bf16-true and is served in float32" in caplog.text
 
 
+def test_an_adapter_that_comes_later_is_checked_as_those_at_the_start(adapter, caplog) -> None:
+    slots = Slots(load_model(TINY, torch.float32), 1, 2, torch.float32)
+
+    def tiers(base: ModelConfig = TINY) -> AdapterTiers:
+        return AdapterTiers(slots, 1, partial(check_is_of_base, served=served(base, Kind.nf4)))
+
+    trained(adapter, config={"model": {"rope_scaling": {"type": None}}}, quantization="nf4")
+    with caplog.at_level("INFO"):
+        assert tiers().on_host(adapter) and "outputs differ" not in caplog.text
+    with pytest.raises(ValueError, match=f"{adapter}: was trained with the scaling none, the base has model"):
+        tiers(OF_SCALED).on_host(adapter)
+
+
+def saved(family: str, folder: Path) -> None:
+    """Save an adapter of layers that the model calls, `good`, and one of all its layers, `bad`."""
+    for name, targets in (("good", SERVABLE[family]), ("bad", "all_linear")):
+        model, config = small_model(family), config_for("lora", rank=2, target_modules=targets)
+        inject_adapters(model, config)
+        save_adapter(model, config, folder / name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(("family", "says"), [("mamba", "no attribute 'weight'"), ("opt", "needs as many routes")])
+def test_a_model_that_computes_with_its_layers_by_itself_is_said_to_a_later_request(
+    family, says, on_host, tmp_path
+) -> None:
+    """It had status 500, and so had what ran beside it and, of Mamba, whatever was asked from then on."""
+    saved(family, tmp_path)
+    model = small_model(family).requires_grad_(False)
+    slots = Slots(model, 1, 2, torch.float32, on_host)
+    decoder = Decoder(model, slots)
+    tiers = AdapterTiers(slots, 2, partial(check_is_of_base, served=served()), try_slot=decoder.try_slot)
+    engine = Engine(decoder, tiers, load_tokenizer(TINY), 4, 8)
+
+    def answers(*names: str | None) -> list[tuple[list[int], Exception | None]]:
+        pieces: list[list[Piece]] = [[] for _ in names]
+        requests = [
+            GenerationRequest([5, 6, 7], SamplingConfig(4), frozenset(), own.append, name and tmp_path / name)
+            for name, own in zip(names, pieces, strict=True)
+        ]
+        for request in requests:
+            engine.submit(request)
+        while engine.waiting or engine.running:
+            engine.turn()
+        return [(request.tokens, own[-1].error) for request, own in zip(requests, pieces, strict=True)]
+
+    expected = answers(None, "good")
+    for names in ((None, "bad", "good"), ("bad", None, "good")):
+        found = dict(zip(names, answers(*names), strict=True))
+        tokens, error = found["bad"]
+        assert tokens == [] and isinstance(error, ValueError)
+        assert says in str(error) and str(error).startswith(f"{tmp_path / 'bad'}: ")
+        assert [found[None], found["good"]] == expected
+    assert all(error is None and len(tokens) == 4 for tokens, error in expected)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "says"), [("mamba", "no attribute 'weight'"), ("opt", "needs as many routes")])
 def test_a_model_that_computes_with_its_layers_by_itself_is_said_at_the_start(family, says, tmp_path) -> None:
     """Every request to the adapter had status 500; with layers that the model calls it is served."""
-    for name, targets in (("good", SERVABLE[family]), ("bad", "all_linear")):
-        model, config = small_model(family), config_for("lora", rank=2, target_modules=targets)
-        inject_adapters(model, config)
-        save_adapter(model, config, tmp_path / name)
+    saved(family, tmp_path)
     model = small_model(family).requires_grad_(False)
     slots = Slots(model, 1, 2, torch.float32)
     decoder = Decoder(model, slots)

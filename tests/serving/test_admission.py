@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from server_process import save
 
 from lightning_peft.adapters.slots import Factors, Slots
+from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
@@ -35,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def engine(slots: int, max_batch: int = 8, on_host: bool = True) -> Engine:
     model = load_model(TINY, torch.float32).eval().requires_grad_(False)
     room = Slots(model, slots, 8, torch.float32, on_host)
-    tiers = AdapterTiers(room, 2, source_fingerprint(TINY), "tiny")
+    tiers = AdapterTiers(room, 2, lambda folder: check_lineage(folder, source_fingerprint(TINY)))
     return Engine(Decoder(model, room), tiers, load_tokenizer(TINY), max_batch, 64)
 
 
@@ -123,6 +124,23 @@ def test_a_failure_leaves_no_adapter_behind(folders: list[Path]) -> None:
     assert all(str(own[-1].error) == "out of memory" for own in pieces)
     assert not shared.tiers.slots.held and not shared.running
     assert len(answers(shared, [request([5, 6], folders[0], [])])[0]) == 6
+
+
+def test_a_folder_is_forgotten_while_the_engine_releases_another(folders: list[Path]) -> None:
+    """The slot of the other had the adapter's name again, without the adapter: its next request failed for all."""
+    tiers = engine(0).tiers
+    slots = [tiers.acquire(folder) for folder in folders[:2]]
+
+    class Compared(type(Path())):  # type: ignore[misc]
+        def __eq__(self, other: object) -> bool:
+            if Path(str(other)) == folders[1]:
+                tiers.release(slots[1])  # as the engine's thread may in the middle of it
+            return bool(Path(self) == Path(str(other)))
+
+        __hash__ = Path.__hash__
+
+    tiers.forget(Compared(folders[0]))
+    assert tiers.in_slot == [None, None] and [*tiers.slots.held] == [slots[0]]
 
 
 def widen_q(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
