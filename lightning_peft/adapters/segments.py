@@ -18,9 +18,14 @@ PASS_TOKENS = {"cpu": 512, "cuda": 8192}
 So many fill its products, and what a pass keeps of more would take memory and save no time. Ours."""
 
 
+def most_in_pass(device_type: str) -> int:
+    """Return the most tokens of a pass that takes several models."""
+    return PASS_TOKENS.get(device_type, PASS_TOKENS["cuda"])
+
+
 def in_passes(tokens: Sequence[int], device_type: str) -> list[slice]:
     """Return the runs of models, whose numbers of tokens these are, that go through the base at once."""
-    most, starts, taken = PASS_TOKENS.get(device_type, PASS_TOKENS["cuda"]), [0], 0
+    most, starts, taken = most_in_pass(device_type), [0], 0
     for place, own in enumerate(tokens):
         if place > starts[-1] and taken + own > most:
             starts.append(place)

@@ -1,11 +1,12 @@
 """Peak memory and work of one training step on one rank, by component and with the formula of each."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
-from lightning_peft.adapters.segments import in_passes
+from lightning_peft.adapters.segments import most_in_pass
 from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
@@ -65,9 +66,11 @@ class StepOptions:
 
     @property
     def passing(self) -> int:
-        """Return how many of the runs together go through the base at once."""
-        first = in_passes([self.rows * self.length] * self.together, self.accelerator)[0]
-        return first.stop - first.start
+        """Return how many of the runs together go through the base at once; with full rows no pass takes more tokens.
+
+        Where they are not full, or others' are shorter, one more may pass than full ones would.
+        """
+        return min(self.together, math.ceil(most_in_pass(self.accelerator) / (self.rows * self.length)))
 
     @property
     def shards(self) -> int:

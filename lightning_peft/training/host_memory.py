@@ -4,6 +4,8 @@ import ctypes
 import logging
 import os
 import platform
+import resource
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -73,8 +75,18 @@ def use_tensor_heap() -> bool:
     In glibc's, what a step frees is hardly ever taken by the next tensor of the same size: the holes are as large as
     half of what it holds. A user's own settings and other C libraries are left alone.
     """
-    if not may_be_set() or (heap := library(TENSOR_HEAP)) is None:
-        return False
+    return may_be_set() and (heap := library(TENSOR_HEAP)) is not None and has_room(heap)
+
+
+@cache
+def has_room(heap: ctypes.CDLL) -> bool:
+    """Return whether the heap has addresses of its own; it asks for them once, and one line says why it has none."""
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = (room, SMALLEST_OF_HEAP, LARGEST_FROM_HEAP)
-    return bool(heap.use_tensor_heap(*map(ctypes.c_size_t, sizes)))
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        reason = "its addresses would be most of those that this process may have (ulimit -v)"
+    elif heap.use_tensor_heap(*map(ctypes.c_size_t, (room, SMALLEST_OF_HEAP, LARGEST_FROM_HEAP))):
+        return True
+    else:
+        reason = f"the system refuses {room} addresses"
+    logger.warning("%s: %s", TENSOR_HEAP.without, reason)
+    return False

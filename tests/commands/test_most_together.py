@@ -12,9 +12,9 @@ from lightning_peft.commands.step_estimate import estimate_of, memory_key
 from lightning_peft.compose import compose_config
 from lightning_peft.runs.machine import GIB, RESERVED, Machine
 
-WORDS = ["data.max_length=64", "activation_checkpointing=none"]
-LARGE_RANK, MANY_ROWS = ["rank=r256", "data.micro_batch_size=1"], ["rank=r4", "data.micro_batch_size=12"]
-"""The first takes more by itself, the second more beside its like: rows are in the pass, and states are not."""
+WORDS = ["data.max_length=16", "activation_checkpointing=none"]
+LARGE_RANK, MANY_ROWS = ["adapter.rank=46", "data.micro_batch_size=1"], ["rank=r4", "data.micro_batch_size=8"]
+"""The first takes more by itself, the second more beside its like: rows of four are in one pass, and states are not."""
 CPU = Machine("cpu", 0, has_bf16=False)
 
 

@@ -1,5 +1,6 @@
 """The estimate as a whole: sums, formulas, phases, ranks."""
 
+import random
 import re
 
 import pytest
@@ -7,9 +8,10 @@ from empty_models import config_folder, config_of, tiny_estimate
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.segments import in_passes
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.commands.step_estimate import estimate_of
-from lightning_peft.estimation.memory import Estimate
+from lightning_peft.estimation.memory import Estimate, StepOptions
 from lightning_peft.models.tiny import tiny_model
 
 CASES = [(), ("method=qlora", "activation_checkpointing=blocks"), ("method=full",), ("method=dora", "rank=r4")]
@@ -170,6 +172,14 @@ def test_runs_that_fill_a_pass_take_turns(accumulate):
     assert (three.flops, three.tokens) == (3 * alone.flops, 3 * alone.tokens)
     if accumulate == 1:  # the gradients of a window are added up behind the pass
         assert three.bytes_moved == 3 * alone.bytes_moved
+
+
+@pytest.mark.parametrize("length", [64, 200, 300, 512, 700])
+def test_no_pass_takes_more_tokens_than_is_estimated_whatever_its_rows(length):
+    draw, options = random.Random(0), StepOptions(rows=1, length=length, optimizer="adamw", together=16)
+    for _ in range(200):
+        tokens = [draw.randint(1, length) for _ in range(16)]
+        assert max(sum(tokens[run]) for run in in_passes(tokens, "cpu")) <= options.passing * length
 
 
 def test_runs_together_under_fsdp_have_whole_adapters_in_a_pass():

@@ -153,6 +153,37 @@ def test_tensors_of_the_heap_keep_what_is_written_to_them() -> None:
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
 
 
+LIMITED = """
+import resource, torch
+from lightning_peft.training.host_memory import use_tensor_heap
+resource.setrlimit(resource.RLIMIT_{kind}, ({limit}, {limit}))
+used = [use_tensor_heap(), use_tensor_heap()]
+held = [torch.ones(2**18) for _ in range(100)], bytearray(2**28)
+print(used)
+"""
+
+
+def heap_used_under(kind: str, limit: int) -> tuple[str, str]:
+    """Return whether a process under a limit has the heap, asked twice, and what it says."""
+    command = [sys.executable, "-c", LIMITED.format(kind=kind, limit=limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_heap_takes_no_more_of_a_limit_than_its_tensors_do() -> None:
+    assert heap_used_under("DATA", 2**32) == ("[True, True]", "")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_limited_addresses_are_left_to_all_else_and_one_line_says_so() -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (2**33, memory + 2**32):
+        used, said = heap_used_under("AS", limit)
+        assert used == "[False, False]"
+        assert said.startswith("tensors lie in the C library's heap") and said.count("\n") == 1, said
+
+
 def test_settings_of_the_user_keep_tensors_where_they_are() -> None:
     program = "from lightning_peft.training.host_memory import use_tensor_heap; print(use_tensor_heap())"
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -19,6 +19,8 @@ namespace {
 
 constexpr size_t UNIT = 64;  // bytes to which torch aligns; the size of a block stands in one unit before its tensor
 
+constexpr size_t OPENED = size_t(1) << 25;  // bytes that the heap asks for at a time
+
 const size_t PAGE = sysconf(_SC_PAGESIZE);
 
 // The first page that begins at this place or behind it.
@@ -28,10 +30,11 @@ char* page_from(char* place) {
 
 class Heap {
  public:
+  // Addresses alone: a system that overcommits nothing, or limits a process's data, counts what can be written to.
   bool reserve(size_t bytes) {
-    void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* found = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (found == MAP_FAILED) return false;
-    begin_ = top_ = static_cast<char*>(found);
+    begin_ = top_ = open_ = static_cast<char*>(found);
     end_ = top_ + bytes;
     return true;
   }
@@ -46,7 +49,7 @@ class Heap {
       if (room > size) keep(place + size, room - size);
       return place;
     }
-    if (static_cast<size_t>(end_ - top_) < size) return nullptr;
+    if (static_cast<size_t>(end_ - top_) < size || !open(top_ + size)) return nullptr;
     top_ += size;
     return top_ - size;
   }
@@ -79,6 +82,16 @@ class Heap {
  private:
   using Holes = std::map<char*, size_t>;
 
+  // Let everything up to here be written to; false where the system refuses.
+  bool open(char* stop) {
+    if (stop <= open_) return true;
+    size_t more = (stop - open_ + OPENED - 1) / OPENED * OPENED, left = end_ - open_;
+    if (more > left) more = left;
+    if (mprotect(open_, more, PROT_READ | PROT_WRITE)) return false;
+    open_ += more;
+    return true;
+  }
+
   void keep(char* place, size_t size) {
     by_place_.emplace(place, size);
     by_size_.emplace(size, place);
@@ -89,7 +102,8 @@ class Heap {
     by_place_.erase(hole);
   }
 
-  char *begin_ = nullptr, *top_ = nullptr, *end_ = nullptr;  // between the last two nothing is taken
+  // From `top_` on nothing is taken, from `open_` on nothing can be.
+  char *begin_ = nullptr, *top_ = nullptr, *open_ = nullptr, *end_ = nullptr;
   Holes by_place_;
   std::set<std::pair<size_t, char*>> by_size_;
 };
@@ -143,7 +157,7 @@ void TensorHeap::release(void* data) {
 }  // namespace
 
 // Let tensors of `smallest` bytes and more lie in a heap of up to `room` bytes, of which only what was written to is
-// taken; what those above `largest_kept` took is given back. Return 1; 0 where the system gives no such room.
+// taken; what those above `largest_kept` took is given back. Return 1; 0 where the system gives no such addresses.
 extern "C" int use_tensor_heap(size_t room, size_t smallest, size_t largest_kept) {
   if (own) return 1;
   if (!heap().reserve(room)) return 0;
