@@ -219,6 +219,8 @@ class Slots:
         self.model, self.count, self.rank, self.dtype = model, count, rank, dtype
         self.on_host = next(model.parameters()).device.type == "cpu" if on_host is None else on_host
         self.layers: dict[str, SlotLinear] = {}
+        self.changes = 0
+        """Count of the times that layers of the model were wrapped or given back."""
         self.routing: Routing | None = None
         """Routing of the batch that runs."""
         self.last: Routing | None = None
@@ -280,6 +282,7 @@ class Slots:
                 factors.checked_by = factors.table = None
             self.unload(slot)
         new = [*self.layers][known:]
+        self.changes += 1
         for name in new:
             self.model.set_submodule(name, self.layers.pop(name).base_layer)
         self.last = None
@@ -333,6 +336,7 @@ class Slots:
                     f"{name}: the adapter's factors, A {tuple(A.shape)} and B transposed {tuple(B.shape)}, do not fit "
                     f"the model's layer of shape {shape}"
                 )
+        self.changes += bool(layers)
         for name, layer in layers.items():
             self.layers[name] = SlotLinear(layer, name, len(self.layers), self)
             self.model.set_submodule(name, self.layers[name])

@@ -167,7 +167,7 @@ class StaticSteps:
         if (reason := why_not_static(model)) is not None:
             raise ValueError(f"{type(model).__name__}: {reason}")
         self.model, self.slots, self.dtype = model, slots, computing_dtype(model)
-        self.wrapped = 0
+        self.changes = 0
         self.blocks, self.head = self._read()
         self.lengths: list[int] = []
         self.cache: Tensor | None = None
@@ -176,7 +176,7 @@ class StaticSteps:
         self.prefix_cache: list[tuple[Tensor, Tensor]] = []
 
     def _read(self) -> tuple[list[Block], Products]:
-        self.wrapped = 0 if self.slots is None else len(self.slots.layers)
+        self.changes = 0 if self.slots is None else self.slots.changes
         blocks = [Block(block, self.dtype) for block in self.model.base_model.layers]  # type: ignore[union-attr]
         return blocks, Products([self.model.get_output_embeddings()], self.dtype)  # type: ignore[list-item]
 
@@ -243,7 +243,7 @@ class StaticSteps:
     def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
         """Run a token of each row; return the scores (rows, V) of the next ones."""
         assert self.cache is not None
-        if self.slots is not None and len(self.slots.layers) != self.wrapped:  # an adapter of other layers came
+        if self.slots is not None and self.slots.changes != self.changes:  # an adapter of other layers came
             self.blocks, self.head = self._read()
         device = self.model.device
         rows, width = len(tokens), max(self.lengths) + 1

@@ -9,6 +9,7 @@ from lightning_peft.adapters.base import LowRank
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.slots import Slots, cast_factors
+from lightning_peft.inference.static_steps import StaticSteps
 from lightning_peft.kernels.native.library import without_kernels
 
 CONFIGS = [
@@ -141,6 +142,27 @@ def test_slots_of_another_model_check_an_adapter_anew() -> None:
         slots.load(slot, factors)
         with slots.routed([slot, -1]):
             torch.testing.assert_close(logits(model)[0], logits(alone(0))[0], rtol=1e-5, atol=2e-5)
+
+
+def test_steps_follow_layers_that_were_given_back_and_others_that_came() -> None:
+    """Two adapters of as many layers, one after the other: the steps' layers are the second's."""
+    model = llama()
+    slots = Slots(model, 1, 8, torch.float32, on_host=True)
+    steps = StaticSteps(model, slots)
+    ids = tokens(1)[0, :6].tolist()
+    for kept in ("q_proj", "o_proj"):
+        source = alone(0)
+        change = {name: part for name, part in change_of(source).items() if name.endswith(kept)}
+        for name, layer in adapters(source):
+            layer.enabled = name.endswith(kept)
+        slots.load(0, cast_factors(change, torch.float32))
+        with torch.inference_mode():
+            steps.begin([ids[:-1]], [0])
+            found = steps.step(ids[-1:], [0])[0]
+            steps.keep([])
+        expected = source(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+        slots.take_back(0, 0)
 
 
 def test_adapters_of_other_layers_come_one_after_the_other() -> None:
