@@ -15,7 +15,8 @@ from lightning_peft.quantization.frozen_base import frozen_base
 
 PASS_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of several models that go through the base at once, by the type of the device; a model's own are never parted.
-So many fill its products, and what a pass keeps of more would take memory and save no time. Ours."""
+A pass keeps memory for each of them, and of so many the products are near their full speed: twice as many would save a
+tenth of the time of a model of 135M on a CPU. Ours."""
 
 
 def most_in_pass(device_type: str) -> int:

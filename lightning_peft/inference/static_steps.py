@@ -243,6 +243,7 @@ class StaticSteps:
     def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
         """Run a token of each row; return the scores (rows, V) of the next ones."""
         assert self.cache is not None
+        assert len(tokens) == len(routes), "a kernel reads the adapter of every row by its address"
         if self.slots is not None and self.slots.changes != self.changes:  # an adapter of other layers came
             self.blocks, self.head = self._read()
         device = self.model.device

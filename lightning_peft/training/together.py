@@ -359,7 +359,8 @@ class SharedPasses:
 def in_one_block(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return gradients as parts of one tensor, which slices are already.
 
-    Optimiser states would come to lie between single ones, and leave no hole for activations."""
+    Optimiser states would come to lie between single ones, and leave no hole for activations.
+    """
     own = [gradient for gradient in gradients if gradient is not None]
     if not own or isinstance(own[0], DTensor) or len({gradient.dtype for gradient in own}) > 1:
         return list(gradients)

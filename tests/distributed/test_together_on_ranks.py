@@ -35,6 +35,17 @@ TRIALS: dict[str, list[str]] = {
 """A rank that two processes cannot cut evenly, masks, windows, and factors that do not train."""
 
 
+def train_both_ways(folder: Path, trials: dict[str, list[str]]) -> None:
+    """Train runs in one group and each by itself, on two ranks, and assert that they are the same."""
+    configs = {name: tiny_config(folder / "together" / name, *own) for name, own in trials.items()}
+    assert grouped(configs, 8) == [list(trials)]
+    assert train_together(list(configs.values()), folder / "list.txt") == 0
+    (folder / "alone").mkdir()
+    train_on_ranks(2, folder / "alone", {name: [*TINY, *own] for name, own in trials.items()})
+    for name in trials:
+        assert_as_alone(folder / "together" / name, folder / "alone" / name)
+
+
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
@@ -47,13 +58,8 @@ TRIALS: dict[str, list[str]] = {
 )
 def test_each_run_under_fsdp_is_what_it_is_alone(tmp_path: Path, words: list[str], names: list[str]) -> None:
     trials = {name: [*SHARDED, *words, *TRIALS[name]] for name in names}
-    configs = {name: tiny_config(tmp_path / "together" / name, *own) for name, own in trials.items()}
-    assert grouped(configs, 8) == [names]
-    assert train_together(list(configs.values()), tmp_path / "list.txt") == 0
-    (tmp_path / "alone").mkdir()
-    train_on_ranks(2, tmp_path / "alone", {name: [*TINY, *own] for name, own in trials.items()})
+    train_both_ways(tmp_path, trials)
     for name in names:
-        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
         found, expected = result(tmp_path / "together" / name), result(tmp_path / "alone" / name)
         for key in ("status", "steps", "end", "data", "trainable_parameters", "total_parameters"):
             assert found[key] == expected[key]
@@ -67,13 +73,7 @@ def test_runs_that_fill_passes_take_turns_alike_on_every_rank(tmp_path: Path, st
     words = [f"strategy={strategy}", "trainer.devices=2", "trainer.max_steps=4"]
     words += ["data.packing=false", "data.micro_batch_size=1"]
     trials = {f"rank{rank}": [*words, f"adapter.rank={rank}", f"seed={rank}"] for rank in (2, 3, 4, 8)}
-    configs = {name: tiny_config(tmp_path / "together" / name, *own) for name, own in trials.items()}
-    assert grouped(configs, 8) == [list(trials)]
-    assert train_together(list(configs.values()), tmp_path / "list.txt") == 0
-    (tmp_path / "alone").mkdir()
-    train_on_ranks(2, tmp_path / "alone", {name: [*TINY, *own] for name, own in trials.items()})
-    for name in trials:
-        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
+    train_both_ways(tmp_path, trials)
 
 
 @pytest.mark.slow
@@ -166,13 +166,8 @@ def test_answers_and_their_scores_are_those_of_a_run_alone(
         "validation.budget=null",
     ]  # fmt: skip
     trials = {name: [*common, *TRIALS[name]] for name in ("odd", "dropped")}
-    configs = {name: tiny_config(tmp_path / "together" / name, *own) for name, own in trials.items()}
-    assert grouped(configs, 8) == [list(trials)]
-    assert train_together(list(configs.values()), tmp_path / "list.txt") == 0
-    (tmp_path / "alone").mkdir()
-    train_on_ranks(2, tmp_path / "alone", {name: [*TINY, *own] for name, own in trials.items()})
+    train_both_ways(tmp_path, trials)
     for name in trials:
-        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
         answers, expected = ((tmp_path / way / name / "samples.jsonl").read_text() for way in ("together", "alone"))
         assert answers == expected and len(answers.splitlines()) == 3
         found, wanted = (result(tmp_path / way / name)["metrics"] for way in ("together", "alone"))

@@ -61,16 +61,17 @@ print(shared, anonymous() - before)
 """
 
 
-def kib_of_threads(share: bool) -> int:
-    """Return what four threads, one after the other, leave taken that each need 100 MiB."""
-    command = [sys.executable, "-c", HEAPS.format(share=share)]
-    shared, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert shared == str(share)
+def kib_left(program: str, **way: bool) -> int:
+    """Return what a program, which says which way it went, leaves taken."""
+    command = [sys.executable, "-c", program.format(**way)]
+    went, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [went] == [str(wanted) for wanted in way.values()]
     return int(grown)
 
 
 def test_threads_that_share_a_heap_take_what_others_freed() -> None:
-    assert kib_of_threads(share=True) < 130 * 1024
+    """Four threads, one after the other, need 100 MiB each."""
+    assert kib_left(HEAPS, share=True) < 130 * 1024
 
 
 HOLES = """
@@ -98,17 +99,10 @@ print(used, anonymous() - before)
 """
 
 
-def kib_of_steps(own: bool) -> int:
-    """Return what twelve steps leave taken that need 26 MiB each, with small things that stay between."""
-    command = [sys.executable, "-c", HOLES.format(own=own)]
-    used, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert used == str(own)
-    return int(grown)
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_tensors_take_the_holes_that_the_step_before_left() -> None:
-    assert kib_of_steps(own=True) < 30 * 1024
+    """Twelve steps need 26 MiB each, with small things that stay between."""
+    assert kib_left(HOLES, own=True) < 30 * 1024
 
 
 CHECKED = """
