@@ -7,8 +7,7 @@ import torch
 
 from lightning_peft.__main__ import main
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.own_settings import generation_config
-from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.answer_rows import ends_of
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -77,9 +76,8 @@ def test_task_on_text_rows_is_refused_before_loading(tmp_path, capsys):
 def test_generation_stops_where_the_models_own_configuration_says():
     model, tokenizer = load_model(ModelConfig(name="tiny"), torch.float32), tiny_tokenizer()
     model.generation_config.eos_token_id = [0, 7]
-    ends = generation_config(SamplingConfig(), tokenizer, model).eos_token_id
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert set(ends) == {0, 7, turn_end, tokenizer.eos_token_id}
+    assert ends_of(model, tokenizer) == {0, 7, turn_end, tokenizer.eos_token_id}
 
 
 def test_prompt_file_is_cut_at_line_ends_only(tmp_path):
