@@ -48,7 +48,6 @@ from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.together import (
-    HandedLoss,
     RunGroup,
     SharedPasses,
     random_states,
@@ -129,8 +128,8 @@ class Ways:
             member.batch, member.random = batch, random_states()
         answers = self.passes.take(self.group.members)
         for trained, answer, batch in zip(self.members, answers, self.batches, strict=True):
-            trained.step(HandedLoss.apply(*answer, *trained.parameters), batch.num_supervised)
-        return [float(loss) / batch.num_supervised for (loss, _), batch in zip(answers, self.batches, strict=True)]
+            trained.step(answer.as_loss(), batch.num_supervised)
+        return [float(answer.loss) / batch.num_supervised for answer, batch in zip(answers, self.batches, strict=True)]
 
     def alone(self) -> list[float]:
         found = []

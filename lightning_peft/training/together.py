@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,21 @@ class HandedLoss(torch.autograd.Function):
         return None, None, *gradients
 
 
+class PassAnswer(NamedTuple):
+    """Loss and gradients of a member's batch."""
+
+    loss: Tensor
+    """Summed over its batch, fp32."""
+    parameters: list[nn.Parameter]
+    """Parameters that it trains."""
+    gradients: list[Tensor | None]
+    """A gradient for each parameter."""
+
+    def as_loss(self) -> Tensor:
+        """Return the loss, whose backward pass gives the parameters their gradients."""
+        return HandedLoss.apply(self.loss, self.gradients, *self.parameters)
+
+
 class Member:
     """One of the runs of a group, as its thread sees it."""
 
@@ -77,7 +92,7 @@ class Member:
         """Load of its experts that it logs; None where it has none, or does not log them."""
         self.batch: Batch | None = None
         """Batch that it waits to have run."""
-        self.answer: tuple[Tensor, list[Tensor | None]] | BaseException | None = None
+        self.answer: PassAnswer | BaseException | None = None
         self.random: dict[str, Tensor] = {}
         """State of its random numbers while another thread works."""
         self.turn = threading.Semaphore(0)
@@ -93,7 +108,7 @@ class Member:
         if isinstance(answer, BaseException):
             raise answer
         assert answer is not None
-        return HandedLoss.apply(*answer, *trained_parameters(self.model))
+        return answer.as_loss()
 
 
 class MemberSignals(PreemptionSignals):
@@ -278,6 +293,8 @@ class SharedPasses:
         segment_layers(model, self.batching, models)
         checkpoint_blocks(model, group.checkpointing)
         self.loss = RowLosses(model).train()
+        self.is_sliced = group.slices is not None
+        """True where ranks hold slices of the members' parameters."""
         if group.slices is not None:
             group.slices.shard(model, self.loss)
         checked = members[0].loss
@@ -286,8 +303,8 @@ class SharedPasses:
         self.loss.label_smoothing = checked.label_smoothing  # it is the same for all
         self.router_loads = {member.number: RouterLoad(model) for member in members if member.router_load is not None}
 
-    def take(self, members: Sequence[Member]) -> list[tuple[Tensor, list[Tensor | None]]]:
-        """Return each member's loss, summed over its batch, and the gradients of its trained parameters, fp32."""
+    def take(self, members: Sequence[Member]) -> list[PassAnswer]:
+        """Run the members' batches forward and backward."""
         batches = [member.batch for member in members if member.batch is not None]
         joined = in_one_row(batches)
         shares, start = {}, 0
@@ -300,11 +317,13 @@ class SharedPasses:
                 load.rows = slice(start, stop)
             start = stop
         self.batching.begin(shares)
-        own_parameters = [trained_parameters(member.model) for member in members]
+        own_parameters = trained = [trained_parameters(member.model) for member in members]
         with ExitStack() as gathered, torch.enable_grad():
-            for member in members:
-                if member.model is not None:
+            if self.is_sliced:
+                for member in members:
+                    assert member.model is not None
                     gathered.enter_context(whole_adapters(member.model))
+                trained = [trained_parameters(member.model) for member in members]
             with self.noise(members, batches):
                 tokens = self.loss(joined)
             for member in members:
@@ -316,14 +335,13 @@ class SharedPasses:
                 weighted_sum(own, None if batch.weights is None else weight)
                 for own, weight, batch in zip(tokens.losses.split(counts), weights, batches, strict=True)
             ]
-            trained = [trained_parameters(member.model) for member in members]
             gradients = list(torch.autograd.grad(
                 torch.stack(losses).sum(), [parameter for own in trained for parameter in own], allow_unused=True
             ))  # fmt: skip
-        answers: list[tuple[Tensor, list[Tensor | None]]] = []
+        answers = []
         for member, loss, own in zip(members, losses, own_parameters, strict=True):
             member.random[joined.input_ids.device.type] = self.batching.random[member.number].state
-            answers.append((loss.detach(), in_one_block(sliced_means(gradients[: len(own)], own))))
+            answers.append(PassAnswer(loss.detach(), own, in_one_block(sliced_means(gradients[: len(own)], own))))
             del gradients[: len(own)]
         return answers
 
