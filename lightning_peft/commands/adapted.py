@@ -1,7 +1,7 @@
 """An adapter's own config, and its model on this machine, for `evaluate`, `generate` and `merge`."""
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,10 @@ from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.inference.own_settings import settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer
-from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving import adapter_checks
 from lightning_peft.serving.engines import ENDS, features_of
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 from lightning_peft.sweeps.table import best_trial
@@ -141,14 +141,10 @@ def check_same_model(words: str, folder: Path, base: ModelConfig) -> None:
 
     `words` name the adapter as typed. The weights are the lineage's to compare.
     """
-    lineage, remedy = read_lineage(folder), "give it a server of its own"
-    saved = lineage.config.get("model") or {} if lineage is not None else {}  # a whole config takes long to check
-    trained = RopeScaling(**(saved.get("rope_scaling") or {}))
-    if saved and trained != base.rope_scaling:
-        scalings = [str(each) if each.is_on else "none" for each in (trained, base.rope_scaling)]
-        raise ValueError(f"{words}: was trained with the scaling {scalings[0]}, the base has {scalings[1]}; {remedy}")
-    if missing := [token for token in saved.get("new_tokens") or [] if token not in base.new_tokens]:
-        raise ValueError(f"{words}: knows tokens that the base served has not, {', '.join(missing[:5])}; {remedy}")
+    lineage = read_lineage(folder)
+    adapter_checks.check_same_model(
+        words, lineage.config if lineage is not None else {}, asdict(base.rope_scaling), base.new_tokens
+    )
 
 
 def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,13 +35,13 @@ from lightning_peft.models.loading import load_model, load_tokenizer, model_cont
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving.adapter_checks import NAME, other_precision
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.engines import engines
 from lightning_peft.serving.server_config import ServerConfig, ServingEngine
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.serving.vllm import vllm_version
-from lightning_peft.serving.vllm_middleware import NAME
-from lightning_peft.training.precision import weight_dtype
+from lightning_peft.training.precision import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         slots = None
     else:
         dtype = inference_dtype(first, config.precision)
-        say_other_dtypes([*folders.items()][1:], dtype)  # of the first it was said
+        for folder in folders.values():
+            say_other_dtype(folder, dtype)
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
         layout = layout_of(None, tokenizer)
         slots = Slots(model, config.serve.slots, rank, dtype)
@@ -146,7 +147,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     decoder = Decoder(model, slots)
     if slots is not None:
         try_adapters(decoder, slots, examples)
-        check = partial(check_is_of_base, served=served)
+        check = partial(check_later, served=served, dtype=slots.dtype)
         tiers = AdapterTiers(slots, config.serve.host_adapters, check, directory, decoder.try_slot)
         tiers.folders = folders
     if not decoder.can_batch:
@@ -221,16 +222,24 @@ def check_no_clash(base_name: str, folders: dict[str, Path], directory: Path) ->
             )
 
 
-def say_other_dtypes(folders: Sequence[tuple[str, Path]], dtype: torch.dtype) -> None:
-    """Log which adapters were trained in another dtype than they are served in."""
-    for name, folder in folders:
-        lineage = read_lineage(folder)
-        if lineage is not None and lineage.precision is not None:
-            if weight_dtype(lineage.precision, trains_all=False) is not dtype:
-                logger.warning(
-                    "adapters: %s was trained in %s and is served in %s, so its answers are not those of `generate`",
-                    name, lineage.precision, str(dtype).removeprefix("torch."),
-                )  # fmt: skip
+def say_other_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Log once that an adapter was trained in another dtype than it is served in."""
+    lineage, names = read_lineage(folder), {own: str(own).removeprefix("torch.") for own in (dtype, *DTYPES.values())}
+    trained = None if lineage is None else lineage.precision
+    if line := other_precision(folder, trained, names[dtype], {key: names[own] for key, own in DTYPES.items()}):
+        say_once(line)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Log what would be said each time that an adapter is read."""
+    logger.warning("%s", line)
+
+
+def check_later(folder: Path, served: Served, dtype: torch.dtype) -> None:
+    """Raise ValueError for an adapter that comes while the server runs and is not the base's."""
+    check_is_of_base(folder, served)
+    say_other_dtype(folder, dtype)
 
 
 def try_adapters(decoder: Decoder, slots: Slots, examples: Sequence[tuple[str, Path]]) -> None:

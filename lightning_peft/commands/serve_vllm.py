@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
+from lightning_peft.checkpoint.peft_methods import KEEPS_BASE, REWRITES_BASE, SWITCHED_OFF
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
@@ -28,6 +29,7 @@ from lightning_peft.models.loading import empty_model, load_model, load_tokenize
 from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.runs.lock import only_writer
+from lightning_peft.serving.adapter_checks import Settings, check_adapter, check_name, remarks
 from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.vllm import (
@@ -38,7 +40,7 @@ from lightning_peft.serving.vllm import (
     spoken_variables,
     takes_patterns,
 )
-from lightning_peft.serving.vllm_middleware import Settings, check_adapter, check_name
+from lightning_peft.training.precision import DTYPES
 from lightning_peft.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -89,25 +91,27 @@ def serve_by_vllm(
         if adapter.refused:
             raise ValueError(f"adapters: {name}={adapter.folder}: {adapter.text}")
     dtype = inference_dtype(served.first, config.precision)
-    if served.quantization.is_on:
-        kind = served.quantization.kind.name
-        logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
     in_directory = [rank for rank in served.ranks if rank <= engines()["vllm"].rank_sizes[-1]]
     ranks = [*in_directory, *(adapter.rank for adapter in judged.values())]
     rank = config.serve.max_rank or max(ranks, default=DEFAULT_RANK)
     model = empty_model(served.base)
     say_settings_not_followed(model)
     layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))
+    kinds = {each: str(each).removeprefix("torch.") for each in (dtype, *DTYPES.values())}
     settings = Settings(
         served.name, served.fingerprint, layers_of(model), size_for(rank), asdict(layout),
         {name: str(adapter.folder.resolve()) for name, adapter in judged.items()},
         None if directory is None else str(directory.resolve()), config.serve.allow_load,
-        config.serve.max_batch + config.serve.max_queue, reads_patterns,
+        config.serve.max_batch + config.serve.max_queue, reads_patterns, kinds[dtype],
+        {precision: kinds[own] for precision, own in DTYPES.items()}, [*KEEPS_BASE], [*REWRITES_BASE],
+        {word: [*off] for word, off in SWITCHED_OFF.items()},
     )  # fmt: skip
     for adapter in judged.values():
         if not adapter.becomes_plain:
             check_adapter(adapter.folder, settings)
             check_finite_factors(adapter.folder, dtype)
+        for line in remarks(adapter.folder, settings):
+            logger.warning("%s", line)
     base = base_for_vllm(served, dtype)
     plain = {name: plain_folder(adapter.folder) for name, adapter in judged.items() if adapter.becomes_plain}
     settings = replace(settings, adapters=settings.adapters | {name: str(path) for name, path in plain.items()})

@@ -19,12 +19,13 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.answer_text import MOST_KEPT
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.serving.adapter_checks import NAME, folder_version
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest
 from lightning_peft.serving.completions import Answer, error_body
 from lightning_peft.serving.engine import GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.state import ApiError, Serving
 from lightning_peft.serving.tiers import AdapterTiers
-from lightning_peft.serving.vllm_middleware import NAME, folder_version, key_fits
+from lightning_peft.serving.vllm_middleware import key_fits
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """Time between two looks of a waiting request for whether its client is still there."""

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
+from lightning_peft.serving.adapter_checks import FolderVersion, folder_version, is_there
 from lightning_peft.serving.bodies import Turn
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import AdapterTiers, UnknownModelError
-from lightning_peft.serving.vllm_middleware import FolderVersion, folder_version, is_there
 
 
 class ApiError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.serving.vllm_middleware import NAME
+from lightning_peft.serving.adapter_checks import NAME
 
 
 class UnknownModelError(KeyError):
