@@ -158,11 +158,12 @@ def build_app(serving: Serving) -> FastAPI:
                 if not path.is_relative_to(tiers.directory.resolve()):
                     raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
             folder = adapter_folder(str(path), "lora_path")
-            serving.versions[folder] = folder_version(folder)
+            version = folder_version(folder)  # before the files are read: what changes meanwhile is read anew
             PromptLayout.load(folder)
             await asyncio.to_thread(serving.engine.read_anew, folder)
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error)) from error
+        serving.versions[folder] = version
         serving.layouts.pop(folder, None)
         tiers.folders[body.lora_name] = folder
         return {"status": "loaded", "lora_name": body.lora_name}

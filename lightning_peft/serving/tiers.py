@@ -61,6 +61,12 @@ class AdapterTiers:
         if folder in self.host:
             self.host.move_to_end(folder)
             return self.host[folder]
+        factors = self.read(folder)
+        self.keep(folder, factors)
+        return factors
+
+    def read(self, folder: Path) -> Factors:
+        """Return an adapter as it lies on disk, in the slots' dtype; any thread may ask. Raises ValueError."""
         self.check(folder)
         factors = cast_factors(read_low_rank(folder), self.slots.dtype)
         rank = max(A.shape[0] for A, _ in factors.values())
@@ -68,11 +74,14 @@ class AdapterTiers:
             raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
         if not are_finite(factors):
             raise ValueError(f"{folder}: has numbers that are not finite, in {self.slots.dtype}; it has no answers")
+        return factors
+
+    def keep(self, folder: Path, factors: Factors) -> None:
+        """Keep an adapter that was read, in the place of the one used longest ago."""
         self.loads["disk"] += 1
         self.host[folder] = factors
         while len(self.host) > self.host_limit:
             self.host.popitem(last=False)
-        return factors
 
     def acquire(self, folder: Path) -> int | None:
         """Return the number of the slot that holds an adapter, which it keeps until `release`.

@@ -1,11 +1,9 @@
 """Requests that nobody should send: each gets one line and a status of the 400s, and the server goes on."""
 
-import asyncio
 import json
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,21 +16,9 @@ import torch
 from adapter_models import config_for
 from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
-from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.__main__ import main
-from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.models.loading import load_model, load_tokenizer
-from lightning_peft.models.source import ModelConfig
-from lightning_peft.models.tiny import CHAT_TEMPLATE
-from lightning_peft.serving.engine import Engine
-from lightning_peft.serving.server import build_app
-from lightning_peft.serving.server_config import ServerConfig
-from lightning_peft.serving.state import Serving
 
-SECONDS_HELD = 20.0
-"""Time that a test which is to fail takes."""
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -315,48 +301,6 @@ def test_a_model_is_retrieved_by_name(client: openai.OpenAI) -> None:
     assert client.models.retrieve("copy").model_dump()["parent"] == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
-
-
-class HeldTokenizer(PreTrainedTokenizerFast):
-    """Counts tokens when it is let, or after `SECONDS_HELD`: a prompt that takes long."""
-
-    counting: threading.Event
-    let: threading.Event
-    was_let: bool
-
-    def __call__(self, *given: Any, **options: Any) -> Any:
-        self.counting.set()
-        self.was_let = self.let.wait(SECONDS_HELD)
-        return super().__call__(*given, **options)
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("completions", {"prompt": "hi"})],
-)
-def test_others_are_answered_while_the_tokens_of_a_prompt_are_counted(path: str, body: dict[str, Any]) -> None:
-    source = ModelConfig("tiny")
-    tokenizer = load_tokenizer(source)
-    tokenizer.__class__ = HeldTokenizer
-    tokenizer.counting, tokenizer.let = threading.Event(), threading.Event()
-    engine = Engine(Decoder(load_model(source, torch.float32).eval()), None, tokenizer, 4, 4)
-    layout = PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2])
-    app = build_app(Serving(engine, None, tokenizer, "tiny", layout, 2048, ServerConfig()))
-
-    async def asked() -> int:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here", timeout=None) as client,
-        ):
-            post = client.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 2, **body})
-            answer = asyncio.create_task(post)
-            assert await asyncio.to_thread(tokenizer.counting.wait, SECONDS_HELD)
-            assert (await client.get("/health")).json() == {"status": "ok"}
-            tokenizer.let.set()
-            return (await answer).status_code
-
-    assert asyncio.run(asked()) == 200
-    assert tokenizer.was_let
 
 
 def test_an_adapter_unloaded_or_changed_in_use_ends_as_it_began(client: openai.OpenAI, place: Path) -> None:
