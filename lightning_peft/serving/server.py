@@ -121,7 +121,7 @@ def build_app(serving: Serving) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         folder = serving.folder(body.model)
-        prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages)
+        prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages, body.tools)
         top = body.top_logprobs if body.logprobs else 0
         limit = body.max_completion_tokens or body.max_tokens
         return await answered(

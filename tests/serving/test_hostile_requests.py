@@ -18,8 +18,16 @@ from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
 
 from lightning_peft.__main__ import main
+from lightning_peft.data.layout import PromptLayout
 
 HI = [{"role": "user", "content": "hi"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"table": "singer"}'}}
+CUT = {"type": "function", "function": {"name": "look", "arguments": "{"}}
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
-    for name in ("copy", "layout", "nan", "huge", "lineage"):
+    for name in ("copy", "layout", "nan", "huge", "lineage", "tools"):
         shutil.copytree(place / "a", folder / name)
     (folder / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (folder / "lineage" / "lineage.json").write_text("[]")
@@ -38,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = folder / "huge" / "adapter_model.safetensors"
     save_file({name: value * 1e30 for name, value in load_file(weights).items()}, weights)
     (folder / "huge" / "lineage.json").unlink()
+    PromptLayout(template=WITH_TOOLS, stop_token_ids=[2]).save(folder / "tools")
     (folder / "link").symlink_to(place / "a")
     return place
 
@@ -96,7 +105,17 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"n": 2}, "n: Input should be less than or equal to 1"),
         ({"logit_bias": {"1": 5}}, "logit_bias is not done here; leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format is not done here; leave it out"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not done here; leave it out"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: calls of them come as text here"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+        ({"messages": [{"role": "user"}]}, "messages.0: content: Field required"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0: content: Field required"),
+        ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, "messages.0: tool_calls are the assistant's"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CUT]}]},
+            "messages.0.tool_calls: expected JSON as arguments",
+        ),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": [CALL]}, *HI]}, "template does not write tool calls"),
+        ({"tools": [CALL], "tool_choice": "none"}, "the chat template does not write the tools of a conversation"),
         ({"presence_penalty": 1}, "presence_penalty is not done here; leave it out"),
         ({"reasoning_effort": "low"}, "reasoning_effort is not done here; leave it out"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
@@ -283,6 +302,27 @@ def test_turns_have_the_authors_of_training_rows(client: openai.OpenAI, name: st
         assert response.status_code == 200
         found.append((response.json()["choices"], response.json()["usage"]))
     assert found[0] == found[1]
+
+
+def test_calls_of_tools_stand_in_the_prompt(client: openai.OpenAI) -> None:
+    """As a row of training with the same turns and tools has them; what is then said is text."""
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    turns: Any = [
+        {"role": "user", "content": "How many singers?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+    ]
+    answer = client.chat.completions.create(
+        model="tools", messages=turns, tools=tools, tool_choice="none", max_tokens=3
+    )
+    call = '{"name": "look", "arguments": {"table": "singer"}}'
+    text = (
+        f"{json.dumps(tools)}<|im_start|>user\nHow many singers?<|im_end|>\n<|im_start|>assistant\n{call}<|im_end|>\n"
+        "<|im_start|>tool\n12<|im_end|>\n<|im_start|>assistant\n"
+    )
+    told = client.completions.create(model="tools", prompt=text, max_tokens=3)
+    assert answer.choices[0].message.content == told.choices[0].text
+    assert answer.usage == told.usage
 
 
 def test_bodies_have_a_size(client: openai.OpenAI) -> None:
