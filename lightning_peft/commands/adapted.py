@@ -16,7 +16,7 @@ from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.inference.own_settings import settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer
-from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving import adapter_checks
@@ -71,20 +71,26 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     return model, QuantizationConfig()
 
 
-def continues_text(adapter_path: str | None) -> bool:
-    """Return whether an adapter was trained on text without turns, as far as its folder says."""
-    if adapter_path is None:
-        return False
-    if (saved := PromptLayout.load(tuned_folder(adapter_path))) is not None:
+def saved_layout(adapter_path: str | None, model: ModelConfig | None) -> PromptLayout | None:
+    """Return the layout of prompts that lies with an adapter; without one, that of a model that was merged or tuned."""
+    if adapter_path is not None:
+        return PromptLayout.load(tuned_folder(adapter_path))
+    return None if model is None or model.is_tiny else PromptLayout.load(locate(model))
+
+
+def continues_text(adapter_path: str | None, model: ModelConfig | None = None) -> bool:
+    """Return whether an adapter, or a model, was trained on text without turns, as far as its folder says."""
+    if (saved := saved_layout(adapter_path, model)) is not None:
         return saved.kind != "chat"
     trained = saved_config(adapter_path)
     return trained is not None and trained.data.layout is Layout.raw
 
 
-def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
-    """Return the layout of an adapter's prompts; the tokenizer's chat layout for a base, or a folder without one."""
-    saved = None if adapter_path is None else PromptLayout.load(tuned_folder(adapter_path))
-    if saved is not None:
+def layout_of(
+    adapter_path: str | None, tokenizer: PreTrainedTokenizerFast, model: ModelConfig | None = None
+) -> PromptLayout:
+    """Return the layout of prompts that lies with an adapter, or with a model; else the tokenizer's chat layout."""
+    if (saved := saved_layout(adapter_path, model)) is not None:
         return saved
     trained = saved_config(adapter_path)
     data = trained.data if trained is not None else DataConfig()

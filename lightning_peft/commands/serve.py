@@ -29,7 +29,7 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm, stored_rank
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
+from lightning_peft.inference.load import adapter_folder, refuse_rewards
 from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
@@ -139,7 +139,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         for folder in folders.values():
             say_other_dtype(folder, dtype)
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
-        layout = layout_of(None, tokenizer)
+        layout = layout_of(None, tokenizer, base)
         slots = Slots(model, config.serve.slots, rank, dtype)
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
@@ -191,8 +191,7 @@ def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"adapters={entry}: must be name=path, the name of letters, digits, dots and dashes")
         if name in found:
             raise ValueError(f"adapters: {name} is there twice")
-        run = best_of_sweep(path)
-        found[name] = tuned_folder(run) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
+        found[name] = adapter_folder(best_of_sweep(path), f"adapters: {name}")
     return found
 
 

@@ -23,7 +23,7 @@ from lightning_peft.commands.adapted import (
     say_settings_not_followed,
 )
 from lightning_peft.commands.export import base_file, export
-from lightning_peft.inference.load import is_whole_model, refuse_rewards
+from lightning_peft.inference.load import refuse_rewards
 from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
 from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
@@ -96,7 +96,7 @@ def serve_by_vllm(
     rank = config.serve.max_rank or max(ranks, default=DEFAULT_RANK)
     model = empty_model(served.base)
     say_settings_not_followed(model)
-    layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))
+    layout = layout_of(None, load_tokenizer(served.base), served.base).with_stops(sorted(declared_end_ids(model)))
     kinds = {each: str(each).removeprefix("torch.") for each in (dtype, *DTYPES.values())}
     settings = Settings(
         served.name, served.fingerprint, layers_of(model), size_for(rank), asdict(layout),
@@ -167,8 +167,6 @@ def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> Judg
         check_name(name, served.name)
     except ValueError as error:
         raise ValueError(f"adapters: {error}") from error
-    if is_whole_model(folder):
-        raise ValueError(f"adapters: {name}={folder}: holds a whole model; serve it by model=hf model.path={folder}")
     check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
     check_same_model(f"adapters: {name}={folder}", folder, served.base)
     refuse_rewards(folder)
