@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.adapters.new_biases import bias_options
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_base import LORA_BIAS
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig, Layout
@@ -15,7 +17,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.inference.own_settings import settings_not_decoded
-from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.loading import empty_model, load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
@@ -189,6 +191,18 @@ def features_of_folder(folder: Path) -> list[str]:
     # A run of ours publishes such a start as a part of the change; HF PEFT repeats it on the base when it loads.
     unconverted = {"rewritten_base": "unconverted_start"}
     features = [unconverted.get(feature, feature) for feature in features_of(adapter_config_from_peft(folder))]
-    if "trained_biases" not in features and (beside := tensors_beside(folder)):
-        features.append("trained_embeddings" if any(end in beside[0] for end in ENDS) else "trained_modules")
-    return features
+    for name in tensors_beside(folder):
+        if name.endswith(LORA_BIAS):
+            features.append("trained_biases")
+        elif not name.endswith(".bias") or "trained_biases" not in features:
+            features.append("trained_embeddings" if any(end in name for end in ENDS) else "trained_modules")
+    return list(dict.fromkeys(features))
+
+
+def check_has_room(folder: Path, base: ModelConfig) -> None:
+    """Raise NotMergeableError for an adapter with biases that no model of the base's architecture has."""
+    added = [name.removesuffix(LORA_BIAS) for name in tensors_beside(folder) if name.endswith(LORA_BIAS)]
+    if added:
+        model = empty_model(base)
+        there = dict(model.named_parameters())
+        bias_options(model, [f"{name}.bias" for name in added if f"{name}.bias" not in there])

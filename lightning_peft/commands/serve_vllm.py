@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
@@ -16,6 +17,7 @@ from lightning_peft.checkpoint.peft_methods import KEEPS_BASE, REWRITES_BASE, SW
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
+    check_has_room,
     check_same_model,
     features_of_folder,
     inference_dtype,
@@ -179,7 +181,12 @@ def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> Judg
     blocking = not_low_rank(features)
     exported = verdict(engine, features, rank, ExportFormat.plain.value)
     if blocking is not None or exported.outcome is not Outcome.ok:
-        remedy = "serve.engine=embedded serves it alone, `lightning-peft merge` makes a model of it and its base"
+        remedy = "serve.engine=embedded serves it alone"
+        try:
+            check_has_room(folder, served.base)
+            remedy += ", `lightning-peft merge` makes a model of it and its base"
+        except NotMergeableError:
+            pass  # that model would have no place for a part of it
         said = own if blocking is not None else exported
         return JudgedAdapter(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
     return JudgedAdapter(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
