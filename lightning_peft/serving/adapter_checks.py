@@ -20,6 +20,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 KINDS_OF_PARTS = ("text", "input", "output", "image", "audio", "video", "tool", "thinking", "refusal")
 """First words of the types of message parts: vLLM answers a request to the base with such a part as an adapter of that
 name, where there is one."""
+MOST_LISTED = 20
+"""Names in a line that says which there are."""
 CONFIG, WEIGHTS, LINEAGE, LAYOUT = (
     "adapter_config.json", "adapter_model.safetensors", "lineage.json", "prompt_layout.json",
 )  # fmt: skip
@@ -67,6 +69,21 @@ def folder_version(folder: Path) -> FolderVersion:
         else:
             found.append((status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)
+
+
+def adapters_in(directory: str | Path | None) -> list[str]:
+    """Return the names of the adapters in a folder, in order; none while the folder is away."""
+    try:
+        found = [] if directory is None else [path for path in Path(directory).iterdir() if NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted(p.name for p in found if (p / CONFIG).is_file() or (p / "adapter" / CONFIG).is_file())
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a line, the first ones of many."""
+    more = f" and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more
 
 
 def is_there(version: FolderVersion) -> bool:

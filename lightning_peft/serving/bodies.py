@@ -40,6 +40,14 @@ def text_of_parts(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
+def one_prompt(given: Any) -> Any:
+    """Return the text, or the ids of tokens, that a list of one prompt holds. Raises ValueError for other lists."""
+    prompt = given[0] if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int) else given
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
+        raise ValueError("one text is continued a request, given as it is or as the ids of its tokens")
+    return prompt
+
+
 def calls_in(given: Any) -> Any:
     """Return the calls of a turn as training reads them. Raises ValueError."""
     try:
@@ -176,7 +184,7 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: Text
+    prompt: Annotated[Text | list[Annotated[int, Field(ge=0)]], BeforeValidator(one_prompt)]
     echo: bool = False
     logprobs: Whole | None = Field(default=None, ge=0, le=5)
 

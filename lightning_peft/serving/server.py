@@ -19,7 +19,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.answer_text import MOST_KEPT
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.serving.adapter_checks import NAME, folder_version
+from lightning_peft.serving.adapter_checks import NAME, folder_version, listed
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest
 from lightning_peft.serving.completions import Answer, error_body
 from lightning_peft.serving.engine import GenerationRequest, Piece, QueueFullError
@@ -34,7 +34,9 @@ PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
-OPEN = ("/", "/health")
+DOCS = Path(__file__).with_name("docs.html")
+"""The endpoints as openapi.json has them; FastAPI's own page comes from a network."""
+OPEN = ("/", "/health", "/docs", "/openapi.json")
 """Paths that are answered without the API key; the page asks for the key."""
 
 
@@ -72,7 +74,7 @@ def build_app(serving: Serving) -> FastAPI:
         yield
         serving.engine.stop()
 
-    app = FastAPI(title="lightning_peft", lifespan=life)
+    app = FastAPI(title="lightning_peft", lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, key=serving.config.api_key)
 
     @app.exception_handler(ApiError)
@@ -81,8 +83,10 @@ def build_app(serving: Serving) -> FastAPI:
         return JSONResponse(error_body(str(error), error.code), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def say_what_is_wrong(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+    async def say_what_is_wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        first, given = error.errors()[0], request.headers.get("content-type", "none")
+        if first["loc"] == ("body",) and "json" not in given:  # it was not read as JSON then
+            return JSONResponse(error_body(f"content-type: {given}: must be application/json"), 400)
         if first["type"] == "json_invalid":
             where = f"{first['ctx']['error']} at character {first['loc'][-1]}"
             return JSONResponse(error_body(f"body: is no JSON: {where}"), 400)
@@ -93,10 +97,15 @@ def build_app(serving: Serving) -> FastAPI:
     async def say_of_http(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(DOCS.read_text(encoding="utf-8"))
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -133,8 +142,10 @@ def build_app(serving: Serving) -> FastAPI:
         folder = serving.folder(body.model)
         if body.echo:
             raise ApiError(400, "echo=true: the prompt is not repeated here")
-        serving.check_size(body.prompt)
-        prompt = (await asyncio.to_thread(serving.tokenizer, body.prompt))["input_ids"]
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            serving.check_size(prompt)
+            prompt = (await asyncio.to_thread(serving.tokenizer, prompt))["input_ids"]
         if not prompt:
             raise ApiError(400, "prompt: is empty")
         answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0, serving.tokenizer)
@@ -173,7 +184,7 @@ def build_app(serving: Serving) -> FastAPI:
         tiers = loading_tiers(serving)
         folder = tiers.folders.pop(body.lora_name, None)
         if folder is None:
-            raise ApiError(404, f"lora_name={body.lora_name}: not loaded; there are {', '.join(tiers.folders)}")
+            raise ApiError(404, f"lora_name={body.lora_name}: not loaded; there are {listed([*tiers.folders])}")
         serving.engine.forget(folder)
         return {"status": "unloaded", "lora_name": body.lora_name}
 

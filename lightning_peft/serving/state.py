@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
-from lightning_peft.serving.adapter_checks import FolderVersion, folder_version, is_there
+from lightning_peft.serving.adapter_checks import FolderVersion, folder_version, is_there, listed
 from lightning_peft.serving.bodies import Turn
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.prompt import most_bytes_a_token
@@ -64,7 +64,7 @@ class Serving:
             pass
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        raise ApiError(404, f"model={model}: not here; there are {', '.join(self.names())}", "model_not_found")
+        raise ApiError(404, f"model={model}: not here; there are {listed(self.names())}", "model_not_found")
 
     def as_it_is_now(self, folder: Path) -> Path:
         """Return an adapter's folder, which is read anew where its files are others than when it was last asked for.

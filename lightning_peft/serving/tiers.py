@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.serving.adapter_checks import NAME
+from lightning_peft.serving.adapter_checks import NAME, adapters_in
 
 
 class UnknownModelError(KeyError):
@@ -41,12 +41,8 @@ class AdapterTiers:
         self.loads = {"disk": 0, "host": 0}
 
     def names(self) -> list[str]:
-        """Return every name that a request may give, but the base's."""
-        try:
-            found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
-        except OSError:  # it was removed, and what is named goes on
-            found = []
-        return list(dict.fromkeys([*self.folders, *(name for name in found if NAME.fullmatch(name))]))
+        """Return the name of every adapter that there is."""
+        return list(dict.fromkeys([*self.folders, *adapters_in(self.directory)]))
 
     def folder(self, name: str) -> Path:
         """Return the adapter folder of a name. Raises UnknownModelError."""

@@ -22,10 +22,12 @@ from lightning_peft.serving.adapter_checks import (
     NAME,
     FolderVersion,
     Settings,
+    adapters_in,
     check_adapter,
     check_name,
     folder_version,
     is_there,
+    listed,
     read_layout,
     remarks,
 )
@@ -192,21 +194,16 @@ class Adapters:
         return with_trained_prompt(body, loaded.layout) if scope["path"] == CHAT else body
 
     def names(self) -> list[str]:
-        directory = self.settings.adapter_dir
-        try:
-            found = (
-                [] if directory is None else sorted(path.name for path in Path(directory).iterdir() if path.is_dir())
-            )
-        except OSError:  # it was removed, and what is loaded goes on
-            found = []
-        return list(dict.fromkeys([self.settings.base_name, *self.loaded, *filter(NAME.fullmatch, found)]))
+        settings = self.settings
+        return list(dict.fromkeys([settings.base_name, *self.loaded, *adapters_in(settings.adapter_dir)]))
 
     def known(self, name: Any) -> str:
         """Return the name of a model that is here. Raises Refusal."""
-        if not isinstance(name, str) or name not in self.names():
-            there = ", ".join(self.names())
-            raise Refusal(404, f"model={name}: not here; there are {there}", "model_not_found")
-        return name
+        directory, known = self.settings.adapter_dir, (self.settings.base_name, *self.loaded)
+        if isinstance(name, str):
+            if name in known or (directory and NAME.fullmatch(name) and (Path(directory) / name).is_dir()):
+                return name
+        raise Refusal(404, f"model={name}: not here; there are {listed(self.names())}", "model_not_found")
 
     def described(self, name: str) -> dict[str, Any]:
         base = self.settings.base_name
@@ -245,7 +242,7 @@ class Adapters:
         async with self.loading:
             if path == UNLOAD:
                 if name not in self.loaded:
-                    raise Refusal(404, f"lora_name={name}: not loaded; there are {', '.join(self.loaded)}")
+                    raise Refusal(404, f"lora_name={name}: not loaded; there are {listed([*self.loaded])}")
                 await self.ask_vllm(UNLOAD, {"lora_name": name}, scope)
                 del self.loaded[name]
                 return {"status": "unloaded", "lora_name": name}

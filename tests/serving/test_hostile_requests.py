@@ -332,6 +332,35 @@ def test_bodies_have_a_size(client: openai.OpenAI) -> None:
     assert endless.status_code == 411 and "must say its length" in line(endless)
 
 
+def test_a_body_that_is_not_said_to_be_json_is_named(client: openai.OpenAI) -> None:
+    """As curl sends it without a header."""
+    body = json.dumps({"model": "a", "prompt": "hi"}).encode()
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        answer = httpx.post(f"{client.base_url}completions", content=body, headers={"content-type": kind}, timeout=60)
+        assert (answer.status_code, line(answer)) == (400, f"content-type: {kind}: must be application/json")
+
+
+def test_names_are_those_of_adapters_and_few_in_a_line(client: openai.OpenAI, place: Path) -> None:
+    (place / "dir" / "logs").mkdir()
+    for number in range(30):
+        (place / "dir" / f"trial{number:02}").symlink_to(place / "a")
+    try:
+        found = [model.id for model in client.models.list()]
+        assert "trial29" in found and "logs" not in found
+        said = line(post(client, "completions", {"model": "nobody", "prompt": "x"}))
+        assert said.count(",") == 19 and said.endswith(f" and {len(found) - 20} more")
+        said = line(post(client, "completions", {"model": "logs", "prompt": "x"}))
+        assert "neither a run nor an adapter folder" in said
+    finally:
+        (place / "dir" / "logs").rmdir()
+        for path in (place / "dir").glob("trial*"):
+            path.unlink()
+
+
+def test_a_balancer_may_ask_for_health_by_its_head(client: openai.OpenAI) -> None:
+    assert httpx.head(f"{str(client.base_url).removesuffix('v1/')}health").status_code == 200
+
+
 def test_other_paths_and_verbs_are_said_in_the_same_form(client: openai.OpenAI) -> None:
     assert httpx.get(f"{client.base_url}nothing").json()["error"]["message"] == "Not Found"
     assert httpx.get(f"{client.base_url}chat/completions").json()["error"]["message"] == "Method Not Allowed"
