@@ -286,9 +286,13 @@ class Adapters:
         return self.loaded[name]
 
     def on_disk(self, folder: Path) -> Loaded:
-        """Return an adapter with its prompts; those of the base where the folder does not say. Raises ValueError."""
+        """Return an adapter with its prompts; where its folder does not say, the base's without its system prompt.
+
+        Raises ValueError.
+        """
         version, layout = folder_version(folder), read_layout(folder)
-        return Loaded(folder, str(folder), self.settings.base_layout if layout is None else layout, version)
+        unknown = self.settings.base_layout | {"system_prompt": None}
+        return Loaded(folder, str(folder), unknown if layout is None else layout, version)
 
     async def ask_vllm(self, path: str, body: dict[str, Any], scope: Scope) -> tuple[int, str]:
         """Return the status and the text, or the message, of vLLM's answer to a request of our own."""

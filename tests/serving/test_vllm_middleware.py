@@ -129,6 +129,19 @@ def test_the_base_has_no_system_prompt(front: Adapters) -> None:
     assert chat(front, "tiny").json()["asked"]["messages"] == HI
 
 
+def test_an_adapter_that_does_not_say_its_prompt_has_not_the_base_s(
+    start: Callable[[Settings], Adapters], settings: Settings, place: Path, tmp_path: Path
+) -> None:
+    """A base that was tuned itself has one, and the embedded server leaves it out, too."""
+    shutil.copytree(place / "a", tmp_path / "others")
+    (tmp_path / "others" / "prompt_layout.json").unlink()
+    layout = settings.base_layout | {"system_prompt": "Be short."}
+    front = start(replace(settings, base_layout=layout, adapter_dir=str(tmp_path)))
+    assert chat(front, "tiny").json()["asked"]["messages"] == [{"role": "system", "content": "Be short."}, *HI]
+    asked = chat(front, "others").json()["asked"]
+    assert (asked["messages"], asked["chat_template"]) == (HI, CHAT_TEMPLATE)
+
+
 def test_tools_and_options_of_the_template_are_those_of_training(front: Adapters, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "a", tmp_path / "tools")
     tools = [{"type": "function", "function": {"name": "look"}}]
