@@ -111,10 +111,12 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     name, base = served.name, served.base
     ranks, alone, examples = checked(folders, served)
     rank = config.serve.max_rank or max((*ranks, *served.ranks), default=DEFAULT_RANK)
+    if (largest := max(ranks, default=0)) > rank:
+        raise ValueError(f"serve.max_rank={rank}: the adapters named are of rank {largest}; give that, or leave it out")
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
     more = f" and {len(folders) - 5:,} more" if len(folders) > 5 else ""
-    named = ", ".join([*folders][:5]) + more or f"of {directory}"
+    named = ", ".join([*folders][:5]) + more or ("none" if directory is None else f"of {directory}")
     says = (
         "it alone, as its change is no low-rank pair"
         if alone is not None

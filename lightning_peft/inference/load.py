@@ -41,7 +41,8 @@ def adapter_folder(path: str, option: str = "adapter_path") -> Path:
     for folder in (Path(path), Path(path) / MODEL_FOLDER):
         if (folder / "config.json").is_file():
             raise ValueError(
-                f"{option}={path}: holds a whole model, which is no adapter; model=hf model.path={folder} takes it"
+                f"{option}={path}: holds a whole model, which is no adapter; commands with model= take it as model=hf "
+                f"model.path={folder}"
             )
     if (Path(path) / "result.json").is_file() or (Path(path) / "config.yaml").is_file():
         raise ValueError(f"{option}={path}: {_why_without_adapter(Path(path))}")

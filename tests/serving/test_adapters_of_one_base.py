@@ -176,8 +176,10 @@ def test_a_whole_model_is_no_adapter_and_brings_its_prompt_along(tmp_path, capsy
     layout.save(tmp_path / "run" / "model")
     for path in (tmp_path / "run", tmp_path / "run" / "model"):
         assert main(["serve", f"adapters=[a={path}]", "serve.dry_run=true"]) == 2
-        said = f"adapters: a={path}: holds a whole model, which is no adapter; model=hf model.path="
-        assert f"{said}{tmp_path / 'run' / 'model'} takes it" in capsys.readouterr().err
+        said = (
+            f"adapters: a={path}: holds a whole model, which is no adapter; commands with model= take it as model=hf "
+        )
+        assert f"{said}model.path={tmp_path / 'run' / 'model'}" in capsys.readouterr().err
     whole = ModelConfig("hf", str(tmp_path / "run" / "model"))
     assert layout_of(None, tokenizer, whole) == layout
     assert layout_of(None, tokenizer, TINY).system_prompt is None
@@ -187,3 +189,12 @@ def test_a_whole_model_is_no_adapter_and_brings_its_prompt_along(tmp_path, capsy
         assert main(["generate", *base, *words, "prompt=List all.", "sampling.max_new_tokens=12"]) == 0
         prompts.append(capsys.readouterr().out)
     assert prompts[0] == prompts[1]
+
+
+def test_slots_below_the_rank_of_a_named_adapter_are_refused(tmp_path, capsys) -> None:
+    """Each request to it had status 400."""
+    save(tmp_path, config_for("lora", rank=8), 0.1)
+    words = ["serve", f"adapters=[a={tmp_path}]", "model=tiny", "serve.dry_run=true"]
+    assert main([*words, "serve.max_rank=4"]) == 2
+    assert "serve.max_rank=4: the adapters named are of rank 8; give that" in capsys.readouterr().err
+    assert main([*words, "serve.max_rank=8"]) == 0

@@ -391,5 +391,8 @@ def test_a_folder_without_adapters_names_no_base(tmp_path, capsys):
 
 
 def test_dry_run_says_what_would_be_served(runs, capsys):
+    assert main(["serve", "model=tiny", "serve.dry_run=true"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "tiny: would serve tiny; 8 slots of rank 16\n" and "tiny with adapters none: 8" in said.err
     assert main(["serve", f"adapters=[a={runs / 'a'},b={runs / 'b'}]", "model=tiny", "serve.dry_run=true"]) == 0
     assert capsys.readouterr().out == "tiny: would serve tiny, a, b; 8 slots of rank 8\n"
