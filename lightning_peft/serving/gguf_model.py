@@ -31,9 +31,18 @@ OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.archi
 """Keys that are not copied from the base's file."""
 
 
+def instead_of_pairs(model_type: str) -> str:
+    """Return the ways to write base and adapter in one, where pairs alone will not do."""
+    return "format=gguf, or `lightning-peft merge`" if is_known(model_type) else "`lightning-peft merge`"
+
+
+def is_known(model_type: str) -> bool:
+    return model_type in (*ARCHITECTURES.values(), "mistral")
+
+
 def check_family(model_type: str) -> None:
     """Raise GGUFModelError for an architecture whose metadata is not known here."""
-    if model_type not in (*ARCHITECTURES.values(), "mistral"):
+    if not is_known(model_type):
         raise GGUFModelError(
             f"format=gguf: the metadata of {model_type} is not known here, only that of "
             f"{', '.join((*ARCHITECTURES.values(), 'mistral'))}; `lightning-peft merge` and llama.cpp's "
