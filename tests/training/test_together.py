@@ -21,14 +21,8 @@ from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
 from lightning_peft.training.preemption import Preempted
-from lightning_peft.training.together import (
-    HandedLoss,
-    Member,
-    MemberSignals,
-    RunGroup,
-    SharedPasses,
-    in_one_block,
-)  # fmt: skip
+from lightning_peft.training.shared_passes import HandedLoss, SharedPasses, in_one_block
+from lightning_peft.training.together import Member, MemberSignals, RunGroup
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
