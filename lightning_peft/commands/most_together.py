@@ -10,6 +10,7 @@ from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of, memory_key
 from lightning_peft.commands.together import as_member
 from lightning_peft.config import TrainConfig
+from lightning_peft.estimation.memory import Estimate
 from lightning_peft.runs.machine import GIB, Machine
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,17 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
         kinds.setdefault(memory_key(config), EstimateConfig(**options))
         room = min(room, limit / processes)
     most = len(members)
-    for trial in kinds.values():
-        # Whichever trials come together, they take no more than as many of one of them. It need not be the one that
-        # takes most by itself: only some of what a trial takes is there once for each.
-        if estimate_of(trial, most).peak > room:
-            most = bisect_right(range(1, most), room, key=lambda count: estimate_of(trial, count).peak)
+    of_all = {key: estimate_of(trial, most) for key, trial in kinds.items()}
+    largest = max((estimate.of_each for estimate in of_all.values()), default=0)
+
+    def bound(estimate: Estimate, count: int) -> int:
+        """Return the most that so many trials take while one of this kind passes, or several."""
+        return estimate.peak + (count - 1) * (largest - estimate.of_each)
+
+    # One kind's pass may take most, and another's trials keep most while they wait for it.
+    for key, trial in kinds.items():
+        if bound(of_all[key], len(members)) > room:
+            most = bisect_right(range(1, most + 1), room, key=lambda count: bound(estimate_of(trial, count), count))
         if most == 0:
             peak = max(estimate_of(trial).peak for trial in kinds.values())
             raise ValueError(
