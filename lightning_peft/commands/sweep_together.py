@@ -23,7 +23,7 @@ from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import sweep_folder
-from lightning_peft.runs.lock import only_writer
+from lightning_peft.runs.lock import only_writer, refuse_file
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -60,6 +60,8 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
         name: compose_config("train", [*fixed, *choice, f"run_dir={folder / name}"]) for name, choice in trials.items()
     }
     check_trials_differ(listed, [configs[trial.name] for trial in listed])
+    for name in configs:
+        refuse_file(folder / name, "run_dir")
     swept_words = [str(override.input_line) for override in swept]
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):
