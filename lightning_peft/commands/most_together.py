@@ -5,6 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import cache, partial
 
 from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of, memory_key
@@ -32,22 +33,26 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
         kinds.setdefault(memory_key(config), EstimateConfig(**options))
         room = min(room, limit / processes)
     most = len(members)
-    of_all = {key: estimate_of(trial, most) for key, trial in kinds.items()}
-    largest = max((estimate.of_each for estimate in of_all.values()), default=0)
+    estimate = cache(lambda key, count: estimate_of(kinds[key], count))
+    largest = max((estimate(key, most).of_each for key in kinds), default=0)
 
-    def bound(estimate: Estimate, count: int) -> int:
+    def bound(key: str, count: int) -> int:
         """Return the most that so many trials take while one of this kind passes, or several."""
-        return estimate.peak + (count - 1) * (largest - estimate.of_each)
+        found: Estimate = estimate(key, count)
+        return found.peak + (count - 1) * (largest - found.of_each)
 
     # One kind's pass may take most, and another's trials keep most while they wait for it.
-    for key, trial in kinds.items():
-        if bound(of_all[key], len(members)) > room:
-            most = bisect_right(range(1, most + 1), room, key=lambda count: bound(estimate_of(trial, count), count))
+    for key in kinds:
+        if bound(key, most) > room:
+            most = bisect_right(range(1, most), room, key=partial(bound, key))
         if most == 0:
-            peak = max(estimate_of(trial).peak for trial in kinds.values())
+            peak = max(estimate(key, 1).peak for key in kinds)
             raise ValueError(
                 f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
                 f"each of {processes} processes"
             )
-    logger.info("sweep.together=auto: up to %d trials in a process", most)
+    taken = max((bound(key, most) for key in kinds), default=0)
+    logger.info(
+        "sweep.together=auto: up to %d trials in a process, planned at %.2f of %.2f GiB", most, taken / GIB, room / GIB
+    )
     return most
