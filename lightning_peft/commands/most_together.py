@@ -47,9 +47,10 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
             most = bisect_right(range(1, most), room, key=partial(bound, key))
         if most == 0:
             peak = max(estimate(key, 1).peak for key in kinds)
+            of_each = f" for each of {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
-                f"each of {processes} processes"
+                f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f}"
+                f"{of_each}; `estimate` with the words of one says what would fit"
             )
     taken = max((bound(key, most) for key in kinds), default=0)
     logger.info(

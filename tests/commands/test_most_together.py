@@ -58,8 +58,11 @@ def test_pass_of_one_kind_and_the_states_of_another_fit_both(tmp_path):
 
 def test_trial_that_does_not_fit_alone_is_refused(tmp_path):
     config = tiny_config(tmp_path, *WORDS, "device_memory_gib=0.501")
-    with pytest.raises(ValueError, match="sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00"):
+    message = "sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00; `estimate` with the words of one"
+    with pytest.raises(ValueError, match=message):
         most_that_fit([config, config], CPU)
+    with pytest.raises(ValueError, match="and there are 0.00 for each of 2 processes; `estimate`"):
+        most_that_fit([config, config], CPU, processes=2)
 
 
 OF_NO_WEIGHT = [
