@@ -39,10 +39,13 @@ class NativeChange(Structure):
 
 
 def takes(base: Base, x: Tensor, rows: Sequence[ChangedRows], factors: Sequence[Tensor]) -> bool:
-    """Return whether `add_changes` takes these: bf16 on a CPU, every row has a change, and torch would take longer."""
+    """Return whether `add_changes` takes these: bf16 on a CPU, every row has a change, and torch would take longer.
+
+    One change by itself is torch's, as in a model alone: a run whose batch fills a pass is that run alone to the bit.
+    """
     if base.dtype is not torch.bfloat16 or x.dtype is not torch.bfloat16 or x.device.type != "cpu":
         return False
-    if base.form == GIVEN or torch.compiler.is_compiling() or library() is None:
+    if len(rows) < 2 or base.form == GIVEN or torch.compiler.is_compiling() or library() is None:
         return False
     in_features, out_features = x.shape[-1], factors[1].shape[0]
     counts, ranks = [stop - start for start, stop, _ in rows], [A.shape[0] for A in factors[::2]]

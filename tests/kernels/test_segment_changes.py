@@ -39,14 +39,19 @@ class Case:
         ]
         self.direction = torch.randn(bounds[-1], OUT, dtype=torch.bfloat16)
 
-    def results(self, only: int | None = None) -> list[Tensor]:
-        """Return output and gradients; of one change alone, on its own rows, with `only`."""
+    def results(self, only: Sequence[int] = ()) -> list[Tensor]:
+        """Return output and gradients; of some changes, on their rows, with `only`."""
         x, segments, factors, direction = self.x, self.segments, self.factors, self.direction
-        if only is not None:
-            rows = segments[only].rows
-            x, direction = x.detach()[rows].requires_grad_(), direction[rows]
-            segments = [Segment(0, len(x), segments[only].scaling)]
-            factors = factors[only : only + 1]
+        if only:
+            x = torch.cat([x.detach()[segments[number].rows] for number in only]).requires_grad_()
+            direction = torch.cat([direction[segments[number].rows] for number in only])
+            counts = [segments[number].stop - segments[number].start for number in only]
+            bounds = torch.tensor([0, *counts]).cumsum(0).tolist()
+            segments = [
+                segments[number]._replace(start=bounds[place], stop=bounds[place + 1])
+                for place, number in enumerate(only)
+            ]
+            factors = [factors[number] for number in only]
         base = frozen_base(self.layer, x)
         assert base is not None
         output = add_segments(base, x, segments, factors)
@@ -68,7 +73,7 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("counts", "ranks"),
-    [((3, 130, 1), (1, 8, 5)), ((200, 97), (64, 16)), ((400,), (33,)), ((7, 7, 7, 7, 7, 7), (4,) * 6)],
+    [((3, 130, 1), (1, 8, 5)), ((200, 97), (64, 16)), ((400, 9), (33, 2)), ((7, 7, 7, 7, 7, 7), (4,) * 6)],
 )
 def test_changes_are_those_of_torch(counts: tuple[int, ...], ranks: tuple[int, ...]) -> None:
     case = Case(counts, ranks)
@@ -86,12 +91,13 @@ def test_a_change_does_not_depend_on_those_beside_it() -> None:
     case = Case((40, 130, 90), (8, 16, 3), bias=False)
     case.layer.weight.zero_()
     together = case.results()
-    for number, segment in enumerate(case.segments):
-        alone = case.results(only=number)
-        own = [*(part[segment.rows] for part in together[:2]), *together[2 + 2 * number : 4 + 2 * number]]
-        if torch.get_num_threads() <= len(case.segments):  # more threads sum the gradients of a change in parts
-            assert all(torch.equal(left, right) for left, right in zip(own[:2], alone[:2], strict=True))
-        assert_near(own, alone)
+    for number in range(3):
+        pair = [number, (number + 1) % 3]
+        beside = case.results(pair)
+        stop = case.segments[number].stop - case.segments[number].start
+        own = [*(part[case.segments[number].rows] for part in together[:2]), *together[2 + 2 * number : 4 + 2 * number]]
+        assert all(torch.equal(*both) for both in zip(own[:2], [part[:stop] for part in beside[:2]], strict=True))
+        assert_near(own[2:], beside[2:4])  # more threads than changes sum the gradients of one in parts
 
 
 def test_frozen_factors_have_no_gradient() -> None:
@@ -115,7 +121,9 @@ def test_what_is_not_finite_stays_with_its_change(broken: str, value: float) -> 
     assert all(grad.isfinite().all() for grad in grads[2:])
 
 
-@pytest.mark.parametrize("why", ["rows without a change", "a rank above a panel", "factors in bf16", "much work"])
+@pytest.mark.parametrize(
+    "why", ["rows without a change", "a rank above a panel", "factors in bf16", "much work", "one change"]
+)
 def test_others_are_torchs(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_changes, "kernels_are_fastest", lambda: False)
     if why == "much work":
@@ -125,4 +133,4 @@ def test_others_are_torchs(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case.segments[1] = case.segments[1]._replace(stop=60)
     if why == "factors in bf16":
         case.factors = [tuple(factor.detach().bfloat16().requires_grad_() for factor in pair) for pair in case.factors]  # type: ignore[misc]
-    assert not is_by_kernel(case.results()[0])
+    assert not is_by_kernel(case.results([1] if why == "one change" else [])[0])
