@@ -30,11 +30,11 @@ from lightning_peft.models.forwards import (
     keep_weights_in_evaluation,
     name_outputs,
 )
+from lightning_peft.models.gguf_config import gguf_config
 from lightning_peft.models.gguf_conversion import (
     GGUFSource,
     check_has_places,
     check_read,
-    gguf_config,
     gguf_tokenizer,
     is_known,
     open_model,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapter_models import config_for
 from families import small_model
+from llama_cpp_models import CASES, case_model
 from pieces import TEXTS, pieces_tokenizer
 from server_process import save
 
@@ -176,3 +177,20 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does(kind: str, tmp_path: Path) 
     texts = [*TEXTS, "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
     found = json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), {"model": str(tmp_path / "m.gguf"), "texts": texts}))
     assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_every_family(case: str, tmp_path: Path) -> None:
+    """Its scores are ours, and so is the token that it would say; its GELU is looked up in fp16."""
+    model, prompt = case_model(case), [(37 * number + 5) % 300 for number in range(48)]
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), tmp_path / "m.gguf", "fp32", None, "m")
+    request = {"model": str(tmp_path / "m.gguf"), "scores": [prompt]}
+    (theirs,) = torch.tensor(json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), request)))
+    with torch.no_grad():
+        ours = model(torch.tensor([prompt])).logits[0, -1]
+    bound = 1e-3 if "gelu" in activation_of(model.config) else 1e-4
+    assert (theirs - ours).abs().max() < bound * ours.abs().max() and theirs.argmax() == ours.argmax()
+
+
+def activation_of(config) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
