@@ -105,7 +105,8 @@ def differences(model: PreTrainedModel, config: Any) -> list[str]:
     lines = []
     if left := len(list(model.parameters())) - len(text_parameters(model)):
         lines.append(
-            f"it is the model of text: {left} weights of what sees or hears are left out, as llama.cpp has them"
+            f"the file is of text alone: {left} weights of what sees or hears are left out, which llama.cpp has in a "
+            "file of their own (mmproj)"
         )
     if (window := attention_window(config)) is not None:
         lines.append(

@@ -95,9 +95,10 @@ def split_name(content: dict[str, Any]) -> str:
     """Return llama.cpp's name for how a tokenizer (its tokenizer.json) splits text before it merges bytes."""
     model, splitter = content["model"], content["pre_tokenizer"] or {}
     parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    normalizer = (content.get("normalizer") or {}).get("type")
     kinds = [part.get("type") for part in parts]
     name = None
-    if model["type"] == "BPE" and kinds and kinds[-1] == "ByteLevel":
+    if model["type"] == "BPE" and kinds and kinds[-1] == "ByteLevel" and normalizer in (None, "NFC"):
         if not model["merges"]:
             return "smollm"  # without merges every split gives the same tokens
         if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
@@ -109,6 +110,11 @@ def split_name(content: dict[str, Any]) -> str:
     if name is not None and model.get("ignore_merges") and not rules_make_all(model):
         name = WHOLE_WORDS.get(name)
     if name is not None:
+        if normalizer == "NFC":
+            logger.warning(
+                "the tokenizer composes letters (NFC) and llama.cpp does not: a letter written in parts, such as e "
+                "and U+0301, has other tokens there"
+            )
         return name
     raise GGUFModelError(
         "format=gguf: this tokenizer is none of those written here (byte-level BPE split as in GPT-2, SmolLM, Llama 3, "

@@ -338,7 +338,7 @@ def check_gguf(family: Family) -> str | None:
     except ValueError as error:
         assert re.search("the metadata of [a-z0-9_-]+ is not known here", str(error)), error
         return refused(error)
-    read = load_model(ModelConfig("hf", str(path), attention="sdpa"), torch.float32)
+    read = load_model(ModelConfig("hf", str(path)), torch.float32)
     close(own_logits(read), own_logits(model))
     return None
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FULL, OF_GGUF, small_model
 from llama_cpp_models import CASES, FIXTURE, LLAMA_3, YARN, YARN_GLOBALLY, case_model, content
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import GGUFFile
@@ -101,3 +102,17 @@ def test_routers_and_norms_of_heads_stay_fp32(dtype: str, tmp_path: Path) -> Non
     kinds = {tensor.name.split(".", 2)[-1]: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["ffn_gate_inp.weight"] == kinds["ffn_up_exps.bias"] == kinds["attn_sinks.weight"] == "F32"
     assert kinds["ffn_gate_exps.weight"] == kinds["ffn_down_exps.weight"] == {"bf16": "BF16", "q8_0": "Q8_0"}[dtype]
+
+
+def test_the_text_of_a_model_that_sees_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = small_model("gemma3_text", vocab_size=320, **OF_GGUF["gemma3_text"]).config
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    trained = load_model(ModelConfig("hf", str(tmp_path / "model")), torch.float32)
+    read = load_model(ModelConfig("hf", str(written(trained, tmp_path))), torch.float32)
+    assert torch.equal(read(IDS).logits, model(IDS).logits)
+    assert "the file is of text alone: 2 weights of what sees or hears are left out" in caplog.text

@@ -128,6 +128,17 @@ def test_split_of_a_tokenizer_is_told(parts: list[dict[str, object]], name: str 
             split_name(content)
 
 
+@pytest.mark.parametrize(("normalizer", "is_known"), [("NFC", True), ("Lowercase", False)])
+def test_what_a_tokenizer_does_to_a_text_before_is_said(
+    normalizer: str, is_known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, splitter = {"type": "BPE", "merges": [["a", "b"]]}, {"type": "ByteLevel", "use_regex": True}
+    content = {"model": model, "pre_tokenizer": splitter, "normalizer": {"type": normalizer}}
+    with nullcontext() if is_known else pytest.raises(GGUFModelError, match="is none of those"):
+        assert split_name(content) == "gpt-2"
+        assert "composes letters (NFC) and llama.cpp does not" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("regex", "rules", "name"),
     [(LLAMA_3, [["a", "b"]], "llama-bpe"), (GPT_4O, [["a", "b"], ["ab", "c"]], "gpt-4o"), (GPT_4O, [["a", "b"]], None)],
