@@ -33,6 +33,7 @@ TOKEN_KEYS = {
 BIASES = {
     "attention_bias": "blk.0.attn_q.bias",
     "use_qkv_bias": "blk.0.attn_q.bias",
+    "qkv_bias": "blk.0.attn_q.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
 """Options that say whether a layer has a bias: a tensor that is there where they do."""

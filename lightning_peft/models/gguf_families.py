@@ -70,6 +70,7 @@ MULTIPLIERS = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+UNSCALED = {"rope.scaling.type": "none"}
 SILU = {"hidden_act": "silu"}
 PLAIN = {"hidden_act": "silu", "attention_bias": False}
 TANH = "gelu_pytorch_tanh"
@@ -115,13 +116,13 @@ FAMILIES = {
         optional=("sliding_window",), period=4, has_bases_by_kind=True, head="own",
     ),
     "cohere": GGUFFamily(
-        "command-r", {**NORM, "logit_scale": "logit_scale"}, PLAIN, {"rope.scaling.type": "none"}, head="tied"
+        "command-r", {**NORM, "logit_scale": "logit_scale"}, PLAIN, UNSCALED, head="tied"
     ),
     "cohere2": GGUFFamily(
         "cohere2",
         {**NORM, **WINDOW, "logit_scale": "logit_scale"},
         PLAIN,
-        {"rope.scaling.type": "none"},
+        UNSCALED,
         period=4, always_slides=True, head="tied",
     ),
     "glm4": GGUFFamily("glm4", RMS, SILU, turns_partly=True, has_any_width=True),
@@ -145,6 +146,36 @@ FAMILIES = {
     ),
     "phi": GGUFFamily(
         "phi2", NORM, {"hidden_act": "gelu_new", "qk_layernorm": False}, turns_partly=True, head="own"
+    ),
+    "seed_oss": GGUFFamily(
+        "seed_oss", RMS, {**SILU, "attention_out_bias": False, "mlp_bias": False}, has_any_width=True
+    ),
+    "arcee": GGUFFamily(
+        "arcee", RMS, {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False}, **LLAMA
+    ),
+    "ernie4_5": GGUFFamily("ernie4_5", RMS, {**SILU, "use_bias": False}, has_any_width=True),
+    "olmoe": GGUFFamily(
+        "olmoe",
+        {**RMS, "expert_count": "num_experts", **USED},
+        {**PLAIN, "norm_topk_prob": False, "clip_qkv": None},
+        head="own",
+    ),
+    "qwen2_moe": GGUFFamily(
+        "qwen2moe",
+        {
+            **RMS, "expert_count": "num_experts", **USED, "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        {**SILU, "norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        head="own",
+    ),
+    "granitemoe": GGUFFamily(
+        "granitemoe", {**RMS, **MULTIPLIERS, "expert_count": "num_local_experts", **USED}, SILU, is_permuted=True
+    ),
+    "nemotron": GGUFFamily(
+        "nemotron", {"attention.layer_norm_epsilon": "norm_eps", "attention.layer_norm_rms_epsilon": "norm_eps"},
+        {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False}, UNSCALED,
+        adds_one=True, turns_partly=True, head="own",
     ),
 }  # fmt: skip
 """transformers' model type: llama.cpp's side of it."""
@@ -199,6 +230,8 @@ def family_needs(config: PreTrainedConfig) -> dict[str, Any]:
         needs["query_pre_attn_scalar"] = score_width(family.architecture, config)
     if config.model_type == "cohere":
         needs["use_qk_norm"] = sizes["num_hidden_layers"] >= LAYERS_OF_NORMS
+    if config.model_type == "olmoe":
+        needs["num_key_value_heads"] = sizes["num_attention_heads"]  # its norm of k is as wide as that of q
     if config.model_type == "smollm3":
         needs["no_rope_layers"] = [
             int((layer + 1) % STEP_WITHOUT_POSITIONS != 0) for layer in range(sizes["num_hidden_layers"])

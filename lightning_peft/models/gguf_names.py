@@ -55,6 +55,13 @@ IN_TURNS = {
 """GPT-OSS's experts, (experts, columns, rows): rows of gate and up in turns."""
 
 
+SAVED_AS = {
+    "block_sparse_moe.experts.": "mlp.experts.",
+    "block_sparse_moe.router.": "block_sparse_moe.router.layer.",
+}
+"""Parts of names: those in models' files, which llama.cpp's table has."""
+
+
 class GGUFNames:
     """The names of one model's tensors in a GGUF file. Raises ValueError for a family that is not in `FAMILIES`."""
 
@@ -78,6 +85,8 @@ class GGUFNames:
 
     def of(self, name: str) -> str:
         """Return llama.cpp's name of a parameter that is one tensor there too."""
+        for part, saved in SAVED_AS.items():
+            name = name.replace(part, saved)
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"format=gguf_lora: llama.cpp has no tensor for {name}")

@@ -26,7 +26,7 @@ FILE_NAME = "model.gguf"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
 """Values of `dtype=`, in llama.cpp's words; vectors are fp32 always."""
 FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-ALWAYS_FP32 = ("_norm.weight", "ffn_gate_inp.weight")
+ALWAYS_FP32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 """Ends of matrices that are fp32 always: norms of heads, and routers."""
 WITHOUT_KINDS = ("mistral", "mixtral", "qwen3_moe", "phi3", "starcoder2")
 """Model types that have one window in all layers."""

@@ -151,6 +151,11 @@ OF_GGUF: dict[str, dict[str, object]] = {
     },
     "cohere2": {"rotary_pct": 1.0, "num_hidden_layers": 4, "layer_types": [SLIDES, SLIDES, SLIDES, FULL]},
     "starcoder2": {"sliding_window": None},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen2_moe": {"use_sliding_window": False},
+    "granitemoe": {
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+    },
     "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
 }  # fmt: skip
 """Options with which llama.cpp computes a small model of a family as transformers does, each of its parts at work."""
