@@ -1,4 +1,4 @@
-"""A GGUF file for transformers: its weights, and its tokenizer.
+"""The weights of a GGUF file for transformers.
 
 transformers converts a GGUF file in 10 to 40 seconds for SmolLM2-135M; this takes about one and gives the same weights
 bit for bit. A file with anything that is not known here is left to transformers.
@@ -6,32 +6,22 @@ bit for bit. A file with anything that is not known here is left to transformers
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from lightning_peft.models.gguf import GGUFFile, open_gguf
-from lightning_peft.models.gguf_config import TOKEN_KEYS, gguf_config, rope_scaling
+from lightning_peft.models.gguf_config import gguf_config, rope_scaling
 from lightning_peft.models.gguf_families import FAMILIES, model_type_of
 from lightning_peft.models.gguf_fields import check_fields
 from lightning_peft.models.gguf_metadata import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lightning_peft.models.gguf_names import GGUFNames
 
-PRE_TOKENIZERS = {
-    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-}
-"""The steps that split text before byte-pair merging, by tokenizer.ggml.pre."""
-
 OF_POSITIONS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 """Tensors that are no weights, but say how positions are scaled."""
-CONTROL = 3
-"""Token type of special tokens."""
 
 
 def open_model(path: str | Path) -> GGUFFile:
@@ -137,30 +127,3 @@ class GGUFSource:
         )  # what is taken away again is more than is left
         tensors = [self.file.read(stored, exact) for stored in self.sources[name]]
         return self.stored.joined(name, tensors).to(wanted)
-
-
-def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
-    """Return the tokenizer, from the file's metadata; None for a kind not listed here."""
-    field = partial(_tokenizer_field, file)
-    if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS:
-        return None
-    tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges") or [] if " " in merge]  # else it stands for none
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[field("pre")]())
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, field("token_type"), strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    named = {name: tokens[number] for name, key in TOKEN_KEYS.items() if (number := field(key)) is not None}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=file.fields.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        additional_special_tokens=[token for token in special if token not in named.values()],
-        add_bos_token=field("add_bos_token") or False,
-        **named,
-    )
-
-
-def _tokenizer_field(file: GGUFFile, key: str) -> Any:
-    return file.fields.get(f"tokenizer.ggml.{key}")

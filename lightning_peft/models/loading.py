@@ -35,10 +35,10 @@ from lightning_peft.models.gguf_conversion import (
     GGUFSource,
     check_has_places,
     check_read,
-    gguf_tokenizer,
     is_known,
     open_model,
 )
+from lightning_peft.models.gguf_vocabulary import gguf_tokenizer
 from lightning_peft.models.low_bit_source import (
     LowBitSource,
     Names,

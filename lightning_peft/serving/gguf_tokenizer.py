@@ -11,22 +11,14 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.models.gguf_families import GGUFModelError
+from lightning_peft.models.gguf_vocabulary import GPT_4O, LLAMA_3, QWEN_2
 from lightning_peft.serving.prompt import adds_bos
 
 logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's types of tokens."""
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-GPT_4O = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {LLAMA_3: "dbrx", LLAMA_3.replace("{1,3}", ""): "qwen2", GPT_4O: "gpt-4o"}
+SPLITS = {LLAMA_3: "dbrx", QWEN_2: "qwen2", GPT_4O: "gpt-4o"}
 """The regex by which a tokenizer splits text: llama.cpp's name for it."""
 WHOLE_WORDS = {"dbrx": "llama-bpe"}
 """A split: its name where a word that is a token stays one, whatever the rules make of it."""

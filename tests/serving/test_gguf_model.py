@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_families import GGUFModelError, check_family
+from lightning_peft.models.gguf_vocabulary import GPT_4O, LLAMA_3
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.serving.gguf_model import write_gguf_model
-from lightning_peft.serving.gguf_tokenizer import GPT_4O, LLAMA_3, name_for, scores_of, split_name
+from lightning_peft.serving.gguf_tokenizer import name_for, scores_of, split_name
 
 IDS = torch.arange(3, 35)[None]
 LAYOUT = PromptLayout(system_prompt='Say "yes".', stop_token_ids=[2])

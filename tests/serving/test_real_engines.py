@@ -10,7 +10,7 @@ import torch
 from adapter_models import config_for
 from families import small_model
 from llama_cpp_models import CASES, case_model
-from pieces import TEXTS, pieces_tokenizer
+from pieces import ALSO, TEXTS, bytes_tokenizer, pieces_tokenizer
 from server_process import save
 
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
@@ -21,6 +21,7 @@ from lightning_peft.compose import compose_config
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.gguf_vocabulary import PRE_TOKENIZERS
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -169,12 +170,13 @@ def test_llama_cpp_computes_every_low_rank_method(case: str, tiny: Path) -> None
     assert (theirs - ours).abs().max() < 0.01 * (without - ours).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["pieces", "bytes"])
+@pytest.mark.parametrize("kind", ["pieces", "bytes", *PRE_TOKENIZERS])
 def test_llama_cpp_reads_texts_as_the_tokenizer_does(kind: str, tmp_path: Path) -> None:
-    tokenizer = pieces_tokenizer() if kind == "pieces" else tiny_tokenizer()
+    made = {"pieces": pieces_tokenizer, "bytes": tiny_tokenizer}
+    tokenizer = made[kind]() if kind in made else bytes_tokenizer(kind)
     model = small_model("llama", vocab_size=len(tokenizer))
     write_gguf_model(model, tokenizer, PromptLayout(stop_token_ids=[2]), tmp_path / "m.gguf", "fp32", None, "m")
-    texts = [*TEXTS, "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
+    texts = [*TEXTS, ALSO[0], ALSO[2], "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
     found = json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), {"model": str(tmp_path / "m.gguf"), "texts": texts}))
     assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
