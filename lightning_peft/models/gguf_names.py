@@ -89,7 +89,7 @@ class GGUFNames:
             name = name.replace(part, saved)
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ValueError(f"format=gguf_lora: llama.cpp has no tensor for {name}")
+            raise ValueError(f"llama.cpp has no tensor for {name}")
         return str(found)
 
     def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
