@@ -47,13 +47,8 @@ from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.training.host_memory import keep_freed_memory
-from lightning_peft.training.together import (
-    HandedLoss,
-    RunGroup,
-    SharedPasses,
-    random_states,
-    trained_parameters,
-)
+from lightning_peft.training.shared_passes import SharedPasses, trained_parameters
+from lightning_peft.training.together import RunGroup, random_states
 from lightning_peft.training.together_module import CheckedLoss
 
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 5e-4, 2e-4, 1e-4)
@@ -97,7 +92,7 @@ class Ways:
     def __init__(self, base: Any, batches: Sequence[Batch]):
         self.batches = batches
         self.group = RunGroup([str(rank) for rank in RANKS])
-        self.group.template = base
+        self.group.base.template = base
         self.members, self.losses = [], []
         for member, rank, rate in zip(self.group.members, RANKS, RATES, strict=True):
             for kind in ("together", "alone"):
@@ -113,7 +108,7 @@ class Ways:
         checked.check(batches[0])
         assert self.group.members[0].loss is not None
         self.group.members[0].loss.logit_path = checked.logit_path
-        self.passes = SharedPasses(self.group, self.group.members)
+        self.passes = SharedPasses(self.group.base, self.group.members)
         model = copy_around_same_tensors(base)
         inject_adapters(model, LoRAConfig(rank=sum(RANKS)))
         self.one = SupervisedLoss(model).train(), Trained(model, RATES[-1])
@@ -129,8 +124,8 @@ class Ways:
             member.batch, member.random = batch, random_states()
         answers = self.passes.take(self.group.members)
         for trained, answer, batch in zip(self.members, answers, self.batches, strict=True):
-            trained.step(HandedLoss.apply(*answer, *trained.parameters), batch.num_supervised)
-        return [float(loss) / batch.num_supervised for (loss, _), batch in zip(answers, self.batches, strict=True)]
+            trained.step(answer.as_loss(), batch.num_supervised)
+        return [float(answer.loss) / batch.num_supervised for answer, batch in zip(answers, self.batches, strict=True)]
 
     def alone(self) -> list[float]:
         found = []

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.adapters.ends import is_tied, untie
 from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.new_biases import add_biases, bias_options
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, close_experts, open_experts
 from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.quantize import dequantized_layer
@@ -54,14 +54,13 @@ def merge_adapters(
     for layer in found.values():
         layer.check_mergeable()
     given: dict[str, Given] = getattr(model, GIVEN, {})
-    if new := [name.replace(".base_layer", "") for name, one in given.items() if one.is_new]:
-        raise NotMergeableError(
-            f"the adapter has {new[0]}, and {type(model).__name__} has no such weight: serve it unmerged"
-        )
+    new = [name.replace(".base_layer", "") for name, one in given.items() if one.is_new]
+    new_biases = bias_options(model, new) if new else {}
     if original is not None and is_tied(original) and not is_tied(model):
         untie(original)
     result = model if original is None or requantise else original
     if result is not model:
+        add_biases(result, new_biases)
         stacks = [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)]
         open_experts(result, [name.removesuffix(".base_layer") for name in stacks])
         for name, one in given.items():
@@ -103,6 +102,8 @@ def merge_adapters(
             target_parameter = result.get_parameter(name)
             wider = torch.promote_types(target_parameter.dtype, dtype or target_parameter.dtype)
             target_parameter.data = parameter.to(wider)
+    if result is model:
+        add_biases(result, new_biases)  # the zeros of layers that the adapter leaves alone
     if hasattr(result, SHARED):
         delattr(result, SHARED)
     close_experts(result)

@@ -24,6 +24,14 @@ def most_in_pass(device_type: str) -> int:
     return PASS_TOKENS.get(device_type, PASS_TOKENS["cuda"])
 
 
+def most_tokens(own: int, models: int, device_type: str) -> int:
+    """Return the most tokens of a pass that `in_passes` makes of so many models, each of which has up to `own`.
+
+    A pass of that many may take all models.
+    """
+    return min(models * own, max(most_in_pass(device_type), own))
+
+
 def in_passes(tokens: Sequence[int], device_type: str) -> list[slice]:
     """Return the runs of models, whose numbers of tokens these are, that go through the base at once."""
     most, starts, taken = most_in_pass(device_type), [0], 0

@@ -1,13 +1,15 @@
 """An adapter's own config, and its model on this machine, for `evaluate`, `generate` and `merge`."""
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.adapters.new_biases import bias_options
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_base import LORA_BIAS
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig, Layout
@@ -15,11 +17,11 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.inference.own_settings import settings_not_decoded
-from lightning_peft.models.loading import load_model, load_tokenizer
-from lightning_peft.models.rope import RopeScaling
-from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.loading import empty_model, load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving import adapter_checks
 from lightning_peft.serving.engines import ENDS, features_of
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 from lightning_peft.sweeps.table import best_trial
@@ -71,20 +73,26 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     return model, QuantizationConfig()
 
 
-def continues_text(adapter_path: str | None) -> bool:
-    """Return whether an adapter was trained on text without turns, as far as its folder says."""
-    if adapter_path is None:
-        return False
-    if (saved := PromptLayout.load(tuned_folder(adapter_path))) is not None:
+def saved_layout(adapter_path: str | None, model: ModelConfig | None) -> PromptLayout | None:
+    """Return the layout of prompts that lies with an adapter; without one, that of a model that was merged or tuned."""
+    if adapter_path is not None:
+        return PromptLayout.load(tuned_folder(adapter_path))
+    return None if model is None or model.is_tiny else PromptLayout.load(locate(model))
+
+
+def continues_text(adapter_path: str | None, model: ModelConfig | None = None) -> bool:
+    """Return whether an adapter, or a model, was trained on text without turns, as far as its folder says."""
+    if (saved := saved_layout(adapter_path, model)) is not None:
         return saved.kind != "chat"
     trained = saved_config(adapter_path)
     return trained is not None and trained.data.layout is Layout.raw
 
 
-def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
-    """Return the layout of an adapter's prompts; the tokenizer's chat layout for a base, or a folder without one."""
-    saved = None if adapter_path is None else PromptLayout.load(tuned_folder(adapter_path))
-    if saved is not None:
+def layout_of(
+    adapter_path: str | None, tokenizer: PreTrainedTokenizerFast, model: ModelConfig | None = None
+) -> PromptLayout:
+    """Return the layout of prompts that lies with an adapter, or with a model; else the tokenizer's chat layout."""
+    if (saved := saved_layout(adapter_path, model)) is not None:
         return saved
     trained = saved_config(adapter_path)
     data = trained.data if trained is not None else DataConfig()
@@ -141,14 +149,10 @@ def check_same_model(words: str, folder: Path, base: ModelConfig) -> None:
 
     `words` name the adapter as typed. The weights are the lineage's to compare.
     """
-    lineage, remedy = read_lineage(folder), "give it a server of its own"
-    saved = lineage.config.get("model") or {} if lineage is not None else {}  # a whole config takes long to check
-    trained = RopeScaling(**(saved.get("rope_scaling") or {}))
-    if saved and trained != base.rope_scaling:
-        scalings = [str(each) if each.is_on else "none" for each in (trained, base.rope_scaling)]
-        raise ValueError(f"{words}: was trained with the scaling {scalings[0]}, the base has {scalings[1]}; {remedy}")
-    if missing := [token for token in saved.get("new_tokens") or [] if token not in base.new_tokens]:
-        raise ValueError(f"{words}: knows tokens that the base served has not, {', '.join(missing[:5])}; {remedy}")
+    lineage = read_lineage(folder)
+    adapter_checks.check_same_model(
+        words, lineage.config if lineage is not None else {}, asdict(base.rope_scaling), base.new_tokens
+    )
 
 
 def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:
@@ -187,6 +191,18 @@ def features_of_folder(folder: Path) -> list[str]:
     # A run of ours publishes such a start as a part of the change; HF PEFT repeats it on the base when it loads.
     unconverted = {"rewritten_base": "unconverted_start"}
     features = [unconverted.get(feature, feature) for feature in features_of(adapter_config_from_peft(folder))]
-    if "trained_biases" not in features and (beside := tensors_beside(folder)):
-        features.append("trained_embeddings" if any(end in beside[0] for end in ENDS) else "trained_modules")
-    return features
+    for name in tensors_beside(folder):
+        if name.endswith(LORA_BIAS):
+            features.append("trained_biases")
+        elif not name.endswith(".bias") or "trained_biases" not in features:
+            features.append("trained_embeddings" if any(end in name for end in ENDS) else "trained_modules")
+    return list(dict.fromkeys(features))
+
+
+def check_has_room(folder: Path, base: ModelConfig) -> None:
+    """Raise NotMergeableError for an adapter with biases that no model of the base's architecture has."""
+    added = [name.removesuffix(LORA_BIAS) for name in tensors_beside(folder) if name.endswith(LORA_BIAS)]
+    if added:
+        model = empty_model(base)
+        there = dict(model.named_parameters())
+        bias_options(model, [f"{name}.bias" for name in added if f"{name}.bias" not in there])

@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     elif config.adapter_path is not None and config.models is not Scored.adapter:
         if changes_base(tuned_folder(config.adapter_path)):
             base = load_base(config.adapter_path, config.model, config.precision)
-    layout = layout_of(config.adapter_path, tokenizer)
+    layout = layout_of(config.adapter_path, tokenizer, config.model)
     questions = [messages.before(place) for _, messages, place in asked]
     rows = [with_answer(row, messages, place) for row, messages, place in asked]
     sources = [messages.source for _, messages, _ in asked]

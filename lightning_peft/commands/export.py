@@ -20,6 +20,7 @@ from lightning_peft.command_configs.of_adapters import ExportConfig, ExportForma
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
+    check_has_room,
     features_of_folder,
     layout_of,
     load_base,
@@ -94,7 +95,7 @@ def export_alone(config: ExportConfig) -> Receipt:
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.format is ExportFormat.ollama:
-        ollama.modelfile("base", None, layout, tokenizer)  # an error comes before the work
+        ollama.modelfile("base", None if source.merged else "adapter", layout, tokenizer)  # errors before the work
     comparison = compared(config, source, model)
     output = Path(config.output)
     with atomic_folder(output) as partial:
@@ -125,8 +126,11 @@ def checked(config: ExportConfig) -> ExportedRun:
     whole = is_whole_model(folder)
     if not whole:
         refuse_rewards(folder)
+        check_has_room(folder, base)
     if whole and config.format in LOW_RANK:
-        raise ValueError(f"format={format}: {folder} holds a whole model, which is no adapter; use format=gguf")
+        raise ValueError(
+            f"format={format}: {folder} holds a whole model, which is no adapter; other programs read it as it is"
+        )
     adapter = METHODS["full"].config(method="full", rank=None) if whole else adapter_config_from_peft(folder)
     features = features_of(adapter) if whole else features_of_folder(folder)
     blocking = not_low_rank(features)
@@ -134,10 +138,11 @@ def checked(config: ExportConfig) -> ExportedRun:
         features = [feature for feature in features if feature != blocking] + ["lora"]
         blocking = not_low_rank(features)
     if blocking is not None and config.format in LOW_RANK:
-        nearest = "; svd_rank= makes the nearest one" if blocking in NEVER_LOW_RANK else ""
+        is_alone = not_low_rank(feature for feature in features if feature not in NEVER_LOW_RANK) is None
+        nearest = "; svd_rank= makes the nearest one" if is_alone else ""
         raise ValueError(
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
-            f"use format=gguf, or `lightning-peft merge`{nearest}"
+            f"use {gguf_model.instead_of_pairs(str(model_config(base).model_type))}{nearest}"
         )
     merged = config.format is ExportFormat.gguf or (
         config.format is ExportFormat.ollama and (whole or blocking is not None or config.base_name is None)

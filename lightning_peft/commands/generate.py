@@ -49,7 +49,7 @@ def generate(config: GenerateConfig) -> None:
     """Stream the answer to `prompt`, write those to the lines of `prompt_path`, or chat until an empty line."""
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
-    prompts = read_prompts(config.prompt_path, continues_text(config.adapter_path))
+    prompts = read_prompts(config.prompt_path, continues_text(config.adapter_path, config.model))
     if prompts is None and config.prompt is None and sys.stdin is None:
         raise ValueError("prompt=null: a chat reads from stdin, which is closed; give prompt= or prompt_path=")
     if config.output is not None and prompts is None:
@@ -59,7 +59,7 @@ def generate(config: GenerateConfig) -> None:
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     if config.passes > 1:
         check_draws(model, config.passes)
-    layout = layout_of(config.adapter_path, tokenizer)
+    layout = layout_of(config.adapter_path, tokenizer, config.model)
     if config.system_prompt is not None:
         if layout.kind != "chat":
             raise ValueError(f"system_prompt={config.system_prompt!r}: the adapter was trained on text without turns")

@@ -18,6 +18,7 @@ from lightning_peft.command_configs.of_adapters import MergeCommandConfig
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
+    check_has_room,
     inference_device,
     layout_of,
     load_base,
@@ -68,6 +69,8 @@ def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)
     base, _ = base_of(config.adapter_path, config.model)
+    if is_adapter:
+        check_has_room(folder, base)
     stored = stored_dtypes(base) if is_adapter else None
     precision = precision_of_change(folder, base)
     base_logits = None

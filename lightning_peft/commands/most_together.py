@@ -5,11 +5,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import cache, partial
 
 from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of, memory_key
 from lightning_peft.commands.together import as_member
 from lightning_peft.config import TrainConfig
+from lightning_peft.estimation.memory import Estimate
 from lightning_peft.runs.machine import GIB, Machine
 
 logger = logging.getLogger(__name__)
@@ -31,16 +33,27 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
         kinds.setdefault(memory_key(config), EstimateConfig(**options))
         room = min(room, limit / processes)
     most = len(members)
-    for trial in kinds.values():
-        # Whichever trials come together, they take no more than as many of one of them. It need not be the one that
-        # takes most by itself: only some of what a trial takes is there once for each.
-        if estimate_of(trial, most).peak > room:
-            most = bisect_right(range(1, most), room, key=lambda count: estimate_of(trial, count).peak)
+    estimate = cache(lambda key, count: estimate_of(kinds[key], count))
+    largest = max((estimate(key, most).of_each for key in kinds), default=0)
+
+    def bound(key: str, count: int) -> int:
+        """Return the most that so many trials take while one of this kind passes, or several."""
+        found: Estimate = estimate(key, count)
+        return found.peak + (count - 1) * (largest - found.of_each)
+
+    # One kind's pass may take most, and another's trials keep most while they wait for it.
+    for key in kinds:
+        if bound(key, most) > room:
+            most = bisect_right(range(1, most), room, key=partial(bound, key))
         if most == 0:
-            peak = max(estimate_of(trial).peak for trial in kinds.values())
+            peak = max(estimate(key, 1).peak for key in kinds)
+            of_each = f" for each of {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
-                f"each of {processes} processes"
+                f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f}"
+                f"{of_each}; `estimate` with the words of one says what would fit"
             )
-    logger.info("sweep.together=auto: up to %d trials in a process", most)
+    taken = max((bound(key, most) for key in kinds), default=0)
+    logger.info(
+        "sweep.together=auto: up to %d trials in a process, planned at %.2f of %.2f GiB", most, taken / GIB, room / GIB
+    )
     return most

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,19 +29,19 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm, stored_rank
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
+from lightning_peft.inference.load import adapter_folder, refuse_rewards
 from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving.adapter_checks import NAME, other_precision
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.engines import engines
 from lightning_peft.serving.server_config import ServerConfig, ServingEngine
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.serving.vllm import vllm_version
-from lightning_peft.serving.vllm_middleware import NAME
-from lightning_peft.training.precision import weight_dtype
+from lightning_peft.training.precision import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,12 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     name, base = served.name, served.base
     ranks, alone, examples = checked(folders, served)
     rank = config.serve.max_rank or max((*ranks, *served.ranks), default=DEFAULT_RANK)
+    if (largest := max(ranks, default=0)) > rank:
+        raise ValueError(f"serve.max_rank={rank}: the adapters named are of rank {largest}; give that, or leave it out")
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
     more = f" and {len(folders) - 5:,} more" if len(folders) > 5 else ""
-    named = ", ".join([*folders][:5]) + more or f"of {directory}"
+    named = ", ".join([*folders][:5]) + more or ("none" if directory is None else f"of {directory}")
     says = (
         "it alone, as its change is no low-rank pair"
         if alone is not None
@@ -136,9 +138,10 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         slots = None
     else:
         dtype = inference_dtype(first, config.precision)
-        say_other_dtypes([*folders.items()][1:], dtype)  # of the first it was said
+        for folder in folders.values():
+            say_other_dtype(folder, dtype)
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
-        layout = layout_of(None, tokenizer)
+        layout = layout_of(None, tokenizer, base)
         slots = Slots(model, config.serve.slots, rank, dtype)
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
@@ -146,7 +149,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     decoder = Decoder(model, slots)
     if slots is not None:
         try_adapters(decoder, slots, examples)
-        check = partial(check_is_of_base, served=served)
+        check = partial(check_later, served=served, dtype=slots.dtype)
         tiers = AdapterTiers(slots, config.serve.host_adapters, check, directory, decoder.try_slot)
         tiers.folders = folders
     if not decoder.can_batch:
@@ -190,8 +193,7 @@ def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"adapters={entry}: must be name=path, the name of letters, digits, dots and dashes")
         if name in found:
             raise ValueError(f"adapters: {name} is there twice")
-        run = best_of_sweep(path)
-        found[name] = tuned_folder(run) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
+        found[name] = adapter_folder(best_of_sweep(path), f"adapters: {name}")
     return found
 
 
@@ -221,16 +223,24 @@ def check_no_clash(base_name: str, folders: dict[str, Path], directory: Path) ->
             )
 
 
-def say_other_dtypes(folders: Sequence[tuple[str, Path]], dtype: torch.dtype) -> None:
-    """Log which adapters were trained in another dtype than they are served in."""
-    for name, folder in folders:
-        lineage = read_lineage(folder)
-        if lineage is not None and lineage.precision is not None:
-            if weight_dtype(lineage.precision, trains_all=False) is not dtype:
-                logger.warning(
-                    "adapters: %s was trained in %s and is served in %s, so its answers are not those of `generate`",
-                    name, lineage.precision, str(dtype).removeprefix("torch."),
-                )  # fmt: skip
+def say_other_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Log once that an adapter was trained in another dtype than it is served in."""
+    lineage, names = read_lineage(folder), {own: str(own).removeprefix("torch.") for own in (dtype, *DTYPES.values())}
+    trained = None if lineage is None else lineage.precision
+    if line := other_precision(folder, trained, names[dtype], {key: names[own] for key, own in DTYPES.items()}):
+        say_once(line)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Log what would be said each time that an adapter is read."""
+    logger.warning("%s", line)
+
+
+def check_later(folder: Path, served: Served, dtype: torch.dtype) -> None:
+    """Raise ValueError for an adapter that comes while the server runs and is not the base's."""
+    check_is_of_base(folder, served)
+    say_other_dtype(folder, dtype)
 
 
 def try_adapters(decoder: Decoder, slots: Slots, examples: Sequence[tuple[str, Path]]) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
+from lightning_peft.checkpoint.peft_methods import KEEPS_BASE, REWRITES_BASE, SWITCHED_OFF
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
+    check_has_room,
     check_same_model,
     features_of_folder,
     inference_dtype,
@@ -22,12 +25,13 @@ from lightning_peft.commands.adapted import (
     say_settings_not_followed,
 )
 from lightning_peft.commands.export import base_file, export
-from lightning_peft.inference.load import is_whole_model, refuse_rewards
+from lightning_peft.inference.load import refuse_rewards
 from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
 from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.runs.lock import only_writer
+from lightning_peft.serving.adapter_checks import Settings, check_adapter, check_name, remarks
 from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.vllm import (
@@ -38,7 +42,7 @@ from lightning_peft.serving.vllm import (
     spoken_variables,
     takes_patterns,
 )
-from lightning_peft.serving.vllm_middleware import Settings, check_adapter, check_name
+from lightning_peft.training.precision import DTYPES
 from lightning_peft.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -89,25 +93,27 @@ def serve_by_vllm(
         if adapter.refused:
             raise ValueError(f"adapters: {name}={adapter.folder}: {adapter.text}")
     dtype = inference_dtype(served.first, config.precision)
-    if served.quantization.is_on:
-        kind = served.quantization.kind.name
-        logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
     in_directory = [rank for rank in served.ranks if rank <= engines()["vllm"].rank_sizes[-1]]
     ranks = [*in_directory, *(adapter.rank for adapter in judged.values())]
     rank = config.serve.max_rank or max(ranks, default=DEFAULT_RANK)
     model = empty_model(served.base)
     say_settings_not_followed(model)
-    layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))
+    layout = layout_of(None, load_tokenizer(served.base), served.base).with_stops(sorted(declared_end_ids(model)))
+    kinds = {each: str(each).removeprefix("torch.") for each in (dtype, *DTYPES.values())}
     settings = Settings(
         served.name, served.fingerprint, layers_of(model), size_for(rank), asdict(layout),
         {name: str(adapter.folder.resolve()) for name, adapter in judged.items()},
         None if directory is None else str(directory.resolve()), config.serve.allow_load,
-        config.serve.max_batch + config.serve.max_queue, reads_patterns,
+        config.serve.max_batch + config.serve.max_queue, reads_patterns, kinds[dtype],
+        {precision: kinds[own] for precision, own in DTYPES.items()}, [*KEEPS_BASE], [*REWRITES_BASE],
+        {word: [*off] for word, off in SWITCHED_OFF.items()},
     )  # fmt: skip
     for adapter in judged.values():
         if not adapter.becomes_plain:
             check_adapter(adapter.folder, settings)
             check_finite_factors(adapter.folder, dtype)
+        for line in remarks(adapter.folder, settings):
+            logger.warning("%s", line)
     base = base_for_vllm(served, dtype)
     plain = {name: plain_folder(adapter.folder) for name, adapter in judged.items() if adapter.becomes_plain}
     settings = replace(settings, adapters=settings.adapters | {name: str(path) for name, path in plain.items()})
@@ -163,8 +169,6 @@ def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> Judg
         check_name(name, served.name)
     except ValueError as error:
         raise ValueError(f"adapters: {error}") from error
-    if is_whole_model(folder):
-        raise ValueError(f"adapters: {name}={folder}: holds a whole model; serve it by model=hf model.path={folder}")
     check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
     check_same_model(f"adapters: {name}={folder}", folder, served.base)
     refuse_rewards(folder)
@@ -177,7 +181,12 @@ def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> Judg
     blocking = not_low_rank(features)
     exported = verdict(engine, features, rank, ExportFormat.plain.value)
     if blocking is not None or exported.outcome is not Outcome.ok:
-        remedy = "serve.engine=embedded serves it alone, `lightning-peft merge` makes a model of it and its base"
+        remedy = "serve.engine=embedded serves it alone"
+        try:
+            check_has_room(folder, served.base)
+            remedy += ", `lightning-peft merge` makes a model of it and its base"
+        except NotMergeableError:
+            pass  # that model would have no place for a part of it
         said = own if blocking is not None else exported
         return JudgedAdapter(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
     return JudgedAdapter(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")

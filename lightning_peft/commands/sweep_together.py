@@ -11,8 +11,9 @@ from lightning_peft.commands.most_together import most_that_fit
 from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
+    bases,
     exit_status,
-    grouped,
+    in_groups,
     note_end,
     say,
     train_together,
@@ -22,7 +23,7 @@ from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import sweep_folder
-from lightning_peft.runs.lock import only_writer
+from lightning_peft.runs.lock import only_writer, refuse_file
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -59,6 +60,8 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
         name: compose_config("train", [*fixed, *choice, f"run_dir={folder / name}"]) for name, choice in trials.items()
     }
     check_trials_differ(listed, [configs[trial.name] for trial in listed])
+    for name in configs:
+        refuse_file(folder / name, "run_dir")
     swept_words = [str(override.input_line) for override in swept]
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):
@@ -67,12 +70,12 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
         check_rows(list(configs.values()))
     with only_writer(folder):  # two would take turns at each other's trials
         check_same_sweep(folder, swept_words)
-        together = options.sweep.together
+        together, found = options.sweep.together, bases(configs)
         if together == "auto":
-            first = next(iter(configs.values()))
-            together = most_that_fit(configs.values(), Machine.here(first.trainer))
+            sharing = [config for name, config in configs.items() if found[name] is not None]
+            together = most_that_fit(sharing, Machine.here(sharing[0].trainer)) if sharing else 1
         status = 0
-        for number, names in enumerate(grouped(configs, together or 1), 1):
+        for number, names in enumerate(in_groups(found, together or 1), 1):
             for name in names:
                 enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
                 with started_by([*fixed, *trials[name], f"run_dir={(folder / name).resolve()}"]):

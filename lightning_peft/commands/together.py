@@ -141,9 +141,14 @@ def bases(configs: Mapping[str, TrainConfig], machine: Machine | None = None) ->
 
 def grouped(configs: Mapping[str, TrainConfig], most: int) -> list[list[str]]:
     """Return the trials, by name, in groups of up to `most` that can train together, in their order."""
+    return in_groups(bases(configs), most)
+
+
+def in_groups(found: Mapping[str, str | None], most: int) -> list[list[str]]:
+    """Return trials in groups of up to `most`, in their order; `found` is what `bases` says of them."""
     groups: list[list[str]] = []
     open_groups: dict[str, list[str]] = {}
-    for name, base in bases(configs).items():
+    for name, base in found.items():
         group = [] if base is None else open_groups.get(base, [])
         if not group:
             groups.append(group)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_peft.adapters.segments import most_in_pass
+from lightning_peft.adapters.segments import most_tokens
 from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
@@ -65,12 +65,14 @@ class StepOptions:
     """Runs like this one that train together on one base, each with its own rows, adapters and states."""
 
     @property
-    def passing(self) -> int:
-        """Return how many of the runs together go through the base at once; with full rows no pass takes more tokens.
+    def pass_shape(self) -> tuple[int, int]:
+        """Return the rows and their tokens of the largest pass, which all runs may share where their rows are short.
 
-        Where they are not full, or others' are shorter, one more may pass than full ones would.
+        No pass that `in_passes` makes takes more tokens or runs.
         """
-        return min(self.together, math.ceil(most_in_pass(self.accelerator) / (self.rows * self.length)))
+        tokens = most_tokens(self.rows * self.length, self.together, self.accelerator)
+        rows = math.ceil(tokens / self.length)
+        return rows, math.ceil(tokens / rows)
 
     @property
     def shards(self) -> int:
@@ -111,7 +113,8 @@ class Estimate:
 
     components: list[Component]
     phases: dict[str, int]
-    """Peak bytes of loading, forward, loss, backward, optimiser and, where slices are gathered for it, saving."""
+    """Peak bytes of loading, forward, loss, backward, optimiser and, where slices are gathered for it, saving; with
+    runs together also of handing over their gradients."""
     host: int
     """Bytes that a CUDA run keeps in host memory instead: offloaded activations, paged optimiser states."""
     legend: str
@@ -122,6 +125,9 @@ class Estimate:
     """Bytes read and written in an optimiser step, each operator by itself."""
     tokens: int
     """Tokens of an optimiser step."""
+    of_each: int
+    """Bytes that each of the runs together keeps through the passes of the others: adapters, optimiser states, and the
+    gradients of a window."""
 
     @property
     def peak(self) -> int:
@@ -139,22 +145,23 @@ class Estimate:
 def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     """Return the estimate for a model on the meta device, quantised, adapted and checkpointed as for training.
 
-    The model is used up. Every token counts as supervised, every row as full.
+    The model is used up. Every token counts as supervised, every row as full; of runs together all may be in one pass.
     """
-    model, shards, together, passing = objective.model, options.shards, options.together, options.passing
-    rows = options.rows * passing
-    symbols = Symbols(model.config, rows, options.length, options.adapter_rank)
+    model, shards, together = objective.model, options.shards, options.together
+    rows, length = options.pass_shape
+    symbols = Symbols(model.config, rows, length, options.adapter_rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
     states += importance_scores(model)
     if options.accelerator == "cuda" and options.strategy != "fsdp" and together == 1:
         states += factor_copies(model)
+    one, stored = stored_weights(model, shards), of_runs(stored_weights(model, shards), together)
+    of_each = held_bytes(states) + held_bytes(only(one, ADAPTERS))
     states = repeated(states, together)
-    stored = of_runs(stored_weights(model, shards), together)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     if shards > 1 and together > 1:  # a pass of all has every adapter whole
-        gathered += repeated(only(stored_weights(model), ADAPTERS), passing)
+        gathered += repeated(only(stored_weights(model), ADAPTERS), together)
     loaded = of_runs(stored_weights(model) if options.loads_whole else loaded_weights(model, shards), together)
     teacher: Held = Counter({(TEACHER, array): count for array, count in options.teacher.items()})
     always, on_host = stored + states + process + teacher, 0
@@ -166,12 +173,9 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
     trace = trace_step(
-        objective, rows, options.length, options.keeps_gradients, options.autocast, options.accelerator,
-        passing if together > 1 else None,
+        objective, rows, length, options.keeps_gradients, options.autocast, options.accelerator,
+        together if together > 1 else None,
     )  # fmt: skip
-    if options.keeps_gradients:  # those of the runs whose turn it is not
-        for (name, array), count in trace.gradients.items():
-            always[(name, shard(array, shards))] += count // passing * (together - passing)
 
     def settled(held: Held) -> Held:
         """Cut gradients to this rank's slices, and count block inputs where they wait."""
@@ -188,6 +192,10 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
 
     for moment in trace.moments:
         moments[moment.phase] = always + gathered + settled(moment.held)
+    if together > 1:  # each run's become one block, one run after the other
+        passed = repeated(trace.gradients, 2 if options.keeps_gradients else 1)
+        of_one: Held = Counter({(WORKSPACE, array): n // together for (_, array), n in trace.gradients.items()})
+        moments["handing over"] = always + gathered + passed + of_one
     slices: Held = Counter()
     for (name, array), count in trace.gradients.items():
         slices[(name, shard(array, shards))] += 0 if options.slices_on_host else count
@@ -195,7 +203,9 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     if shards > 1 and options.accelerator == "cpu":  # the slices of GPUs are gathered in host memory
         moments["saving"] = always + slices + whole_weights(trained)
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
-    passes = options.accumulate * together / passing
+    of_each += parameter_bytes // together if options.keeps_gradients else 0
+    tokens = options.rows * together * options.length * options.accumulate
+    passes = tokens / (rows * length)
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
     host = paged + on_host + (parameter_bytes if options.slices_on_host else 0)
     host += held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0
@@ -206,8 +216,9 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
         legend=symbols.legend(),
         flops=round(trace.flops * passes),
         # AdamW reads parameter, gradient and two states and writes all but the gradient.
-        bytes_moved=round(trace.bytes_moved * passes) + 7 * parameter_bytes * together // passing,
-        tokens=options.rows * together * options.length * options.accumulate,
+        bytes_moved=round(trace.bytes_moved * passes) + 7 * parameter_bytes,
+        tokens=tokens,
+        of_each=of_each,
     )
 
 

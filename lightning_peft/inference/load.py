@@ -38,6 +38,12 @@ def adapter_folder(path: str, option: str = "adapter_path") -> Path:
             return folder
     if not Path(path).exists():
         raise ValueError(f"{option}={path}: no such folder")
+    for folder in (Path(path), Path(path) / MODEL_FOLDER):
+        if (folder / "config.json").is_file():
+            raise ValueError(
+                f"{option}={path}: holds a whole model, which is no adapter; commands with model= take it as model=hf "
+                f"model.path={folder}"
+            )
     if (Path(path) / "result.json").is_file() or (Path(path) / "config.yaml").is_file():
         raise ValueError(f"{option}={path}: {_why_without_adapter(Path(path))}")
     raise ValueError(f"{option}={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")

@@ -117,6 +117,14 @@ def base_gradients(
     return None, (None, None, None, *(None for _ in base.tensors[2:]), grad_bias)
 
 
+def dense_weight(base: Base) -> Tensor:
+    """Return W, (out_features, in_features), in the products' dtype: decoded where it is stored as codes."""
+    if base.form == DENSE:
+        return base.first.to(base.dtype)
+    *codes, _ = base.tensors
+    return torch.ops.lightning_peft.dequantize(*codes, base.form, base.block_size, base.dtype)
+
+
 def _dense(base: Base) -> Tensor:
     """Return W, (out_features, in_features)."""
     return base.first.to(base.dtype)

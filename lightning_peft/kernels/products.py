@@ -72,16 +72,17 @@ def low_rank_sum(
     return output
 
 
-def add_product_(rows: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+def add_product_(rows: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, transposed: bool = True) -> None:
     """Add x W^T + bias to output (N, out), which has the small product that comes first: see `low_rank_sum`.
 
-    rows (N, in), weight (out, in) and bias (out,): one dtype.
+    rows (N, in), weight (out, in) and bias (out,): one dtype; not transposed, x W with weight (in, out).
     """
-    if takes_sum(rows, weight, rows, True):
-        inner, factor = rows.new_empty(len(rows), 0), weight.new_empty(len(weight), 0)
-        sum_by_kernel(rows, weight, inner, factor, None, bias, True, output, onto=True)
+    if takes_sum(rows, weight, rows, transposed):
+        inner, factor = rows.new_empty(len(rows), 0), weight.new_empty(0)
+        factor = factor.view(output.shape[1], 0) if transposed else factor.view(0, output.shape[1])
+        sum_by_kernel(rows, weight, inner, factor, None, bias, transposed, output, onto=True)
         return
-    output.addmm_(rows, weight.t())
+    output.addmm_(rows, weight.t() if transposed else weight)
     if bias is not None:
         output.add_(bias)
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.kernels import products
+from lightning_peft.kernels import products, segment_changes
 from lightning_peft.kernels.frozen_linear import (
-    DENSE,
     GIVEN,
     Base,
     base_gradients,
+    dense_weight,
     factor_gradients,
     mark_written,
 )
@@ -86,6 +86,10 @@ def add_segments(
     segment. Segments do not overlap.
     """
     flat = [factor for pair in factors for factor in pair]
+    if not any(segment.dropout for segment in segments):
+        rows = [segment_changes.ChangedRows(segment.start, segment.stop, segment.scaling) for segment in segments]
+        if segment_changes.takes(base, x, rows, flat):
+            return segment_changes.add_changes(base, x, rows, flat)
     return SegmentSum.apply(base.first, x, tuple(segments), len(flat), *flat, *base.rest())
 
 
@@ -175,14 +179,6 @@ class SegmentSum(torch.autograd.Function):
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
         return grad_first, grad_x, None, None, *grad_factors, *grad_rest
-
-
-def dense_weight(base: Base) -> Tensor:
-    """Return W, (out_features, in_features), in the products' dtype: decoded where it is stored as codes."""
-    if base.form == DENSE:
-        return base.first.to(base.dtype)
-    *codes, _ = base.tensors
-    return torch.ops.lightning_peft.dequantize(*codes, base.form, base.block_size, base.dtype)
 
 
 def sum_with_parts(

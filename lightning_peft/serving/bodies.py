@@ -1,10 +1,11 @@
 """Bodies of requests to the server, in OpenAI's words."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from lightning_peft.data.tool_calls import CALL_ROLES
+from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.tool_calls import CALL_ROLES, read_calls
 from lightning_peft.data.turns import ROLES
 
 MOST_STOPS = 16
@@ -39,6 +40,22 @@ def text_of_parts(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
+def one_prompt(given: Any) -> Any:
+    """Return the text, or the ids of tokens, that a list of one prompt holds. Raises ValueError for other lists."""
+    prompt = given[0] if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int) else given
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(each) is int for each in prompt)):
+        raise ValueError("one text is continued a request, given as it is or as the ids of its tokens")
+    return prompt
+
+
+def calls_in(given: Any) -> Any:
+    """Return the calls of a turn as training reads them. Raises ValueError."""
+    try:
+        return read_calls({"tool_calls": given}, None, "assistant", "a turn", "tool_calls")
+    except BadRow as error:
+        raise ValueError(str(error).partition(": ")[2]) from error
+
+
 def author(name: str) -> str:
     """Return system, user, assistant or tool for any name of one that training rows may give. Raises ValueError."""
     known = [name for name in ROLES if name not in CALL_ROLES]  # the text of others would be read as a call
@@ -51,6 +68,7 @@ Text = Annotated[str, AfterValidator(whole_characters)]
 Whole = Annotated[int, BeforeValidator(without_point)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(without_point)]
 Role = Annotated[str, AfterValidator(author)]
+TurnCalls = Annotated[tuple[dict[str, Any], ...], BeforeValidator(calls_in)]
 
 
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
@@ -103,7 +121,7 @@ class Sampling(Body):
         if not isinstance(given, dict):
             return given
         left_out = {*LABELS, *(key for key, value in given.items() if value is None)}
-        for key in given.keys() & ASKS_NOTHING.keys() - left_out:
+        for key in given.keys() & ASKS_NOTHING.keys() - left_out - cls.model_fields.keys():
             if given[key] not in ASKS_NOTHING[key]:
                 raise ValueError(f"{key} is not done here; leave it out")
             left_out.add(key)
@@ -125,8 +143,18 @@ class Turn(Body):
     """A message of a chat."""
 
     role: Role
-    content: Annotated[Text, BeforeValidator(text_of_parts)]
+    content: Annotated[Text, BeforeValidator(text_of_parts)] = ""
     name: Text | None = None
+    tool_calls: TurnCalls = ()
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def says_something(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, and this turn is of {self.role}")
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: Field required")
+        return self
 
 
 class ChatRequest(Sampling):
@@ -136,11 +164,15 @@ class ChatRequest(Sampling):
     max_completion_tokens: Whole | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: Whole = Field(default=0, ge=0, le=20)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto"] = "auto"
 
     @model_validator(mode="after")
     def chat_options_are_read(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
+        if self.tools and self.tool_choice != "none":
+            raise ValueError("tools: calls of them come as text here; ask so by tool_choice=none")
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise ValueError(
                 f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} are one option: "
@@ -152,7 +184,7 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: Text
+    prompt: Annotated[Text | list[Annotated[int, Field(ge=0)]], BeforeValidator(one_prompt)]
     echo: bool = False
     logprobs: Whole | None = Field(default=None, ge=0, le=5)
 

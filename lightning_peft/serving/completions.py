@@ -30,6 +30,7 @@ class Answer:
     tokenizer: PreTrainedTokenizerBase
     offset: int = 0
     """Characters of the tokens that were written down."""
+    said_role: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -42,7 +43,11 @@ class Answer:
         common = {"index": 0, "finish_reason": reason, "logprobs": said}
         if self.kind == "text":
             return {"text": text, **common}
-        return {"delta" if streamed else "message": {"role": "assistant", "content": text}, **common}
+        if not streamed:
+            return {"message": {"role": "assistant", "content": text}, **common}
+        role = {} if self.said_role else {"role": "assistant"}  # clients add up the texts of deltas, the role's too
+        self.said_role = True
+        return {"delta": {**role, "content": text}, **common}
 
     def _said(self, pieces: list[Piece]) -> dict[str, Any]:
         found = [piece.choice for piece in pieces if piece.choice is not None]

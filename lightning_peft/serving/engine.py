@@ -83,7 +83,9 @@ class Engine:
         self.generated = 0
         self.changed = threading.Condition()
         self.adapters = threading.Lock()
-        """Lock held by whoever reads or moves adapters."""
+        """Lock held by whoever moves adapters."""
+        self.stale: set[Path] = set()
+        """Adapters to be read anew; the engine's thread lets go of what it has of them."""
         self.stopping = False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -102,22 +104,31 @@ class Engine:
         self.thread.join()
 
     def forget(self, folder: Path) -> None:
-        """Have an adapter read anew, as its folder was loaded again or taken away."""
-        with self.adapters:
-            if self.tiers is not None:
-                self.tiers.forget(folder)
+        """Have an adapter read anew, as its files have changed or it was taken away; nobody waits meanwhile."""
+        with self.changed:
+            self.stale.add(folder)
+            self.changed.notify()
 
     def read_anew(self, folder: Path) -> None:
-        """Read an adapter to the host, whatever is there of it. Raises ValueError for one that cannot be served."""
+        """Read an adapter to the host in place of what is there of it. Raises ValueError for one not to be served."""
+        if self.tiers is None:
+            return
+        factors = self.tiers.read(folder)
         with self.adapters:
-            if self.tiers is not None:
+            self.tiers.forget(folder)
+            self.tiers.keep(folder, factors)
+
+    def _forget_stale(self) -> None:
+        with self.changed:
+            stale, self.stale = self.stale, set()
+        if self.tiers is not None:
+            for folder in stale:
                 self.tiers.forget(folder)
-                self.tiers.on_host(folder)
 
     def _run(self) -> None:
         while True:
             with self.changed:
-                while not self.stopping and not self.waiting and not self.running:
+                while not (self.stopping or self.waiting or self.running or self.stale):
                     self.changed.wait()
                 if self.stopping:
                     return
@@ -132,6 +143,8 @@ class Engine:
 
         It takes up to `max_batch` requests: answers that end at once, one behind the other, would hold up the rest.
         """
+        with self.adapters:
+            self._forget_stale()
         self._drop_cancelled()
         self.may_take = self.max_batch
         while joining := self._joining():
@@ -175,6 +188,7 @@ class Engine:
         if request.folder is None or self.tiers is None:
             return -1
         with self.adapters:
+            self._forget_stale()
             return self.tiers.acquire(request.folder)
 
     def _next_request(self, rows: Sequence[RunningSequence], tokens: int) -> GenerationRequest | None:

@@ -190,6 +190,7 @@ def verdict(engine: EngineRow, features: Sequence[str], rank: int, format: str |
 def spoken(feature: str) -> str:
     """Return a feature in the words of a message."""
     names = {"rslora": "rsLoRA", "dora": "DoRA", "adalora": "AdaLoRA", "vera": "VeRA", "hira": "HiRA", "ia3": "IA3"}
+    names["other_method"] = "a method of its own"
     return names.get(feature, feature.replace("_", " "))
 
 

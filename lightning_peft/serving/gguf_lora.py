@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_names import GGUFNames
+from lightning_peft.serving.gguf_model import instead_of_pairs
 from lightning_peft.serving.plain import FactorPairs, is_embedding
 
 FILE_NAME = "adapter.gguf"
@@ -18,15 +19,16 @@ def check_pairs(pairs: FactorPairs, model: PreTrainedModel, tied: bool) -> None:
 
     The model's own configuration does not say so where the run has untied them.
     """
+    instead = instead_of_pairs(str(model.config.model_type))
     for name in pairs:
         if is_embedding(model, name):
             raise ValueError(
-                f"format=gguf_lora: {name} is an embedding, which llama.cpp adapts no pair of: format=gguf"
+                f"format=gguf_lora: {name} is an embedding, which llama.cpp adapts no pair of; use {instead}"
             )
         if model.get_submodule(name) is model.get_output_embeddings() and tied:
             raise ValueError(
                 f"format=gguf_lora: {name} shares its weight with the embedding, and the base's file has no tensor of "
-                "its own for it: format=gguf"
+                f"its own for it; use {instead}"
             )
 
 

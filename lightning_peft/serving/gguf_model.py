@@ -37,6 +37,11 @@ OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.archi
 """Keys that are not copied from the base's file."""
 
 
+def instead_of_pairs(model_type: str) -> str:
+    """Return the ways to write base and adapter in one, where pairs alone will not do."""
+    return "format=gguf, or `lightning-peft merge`" if model_type in FAMILIES else "`lightning-peft merge`"
+
+
 def write_gguf_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

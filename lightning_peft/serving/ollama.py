@@ -49,7 +49,7 @@ class Turns:
         return f"{default}{{{{ range .Messages }}}}{roles}{{{{ end }}}}{{{{ end }}}}{self.answer}"
 
 
-def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> Turns:
+def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase, instead: str = "gguf") -> Turns:
     """Read the turns off a chat template. Raises ValueError for one that is more than its turns one after another."""
     template = layout.template or tokenizer.chat_template
     options = {"chat_template": template, "tokenize": False, "tools": layout.tools, **layout.template_options}
@@ -86,8 +86,8 @@ def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> Turns:
             raise ValueError("it has marks of Modelfiles in its own text")
     except (ValueError, TemplateError) as error:
         raise ValueError(
-            f"format=ollama: the chat template cannot be said in a Modelfile ({error}); use format=gguf, "
-            "whose file carries it"
+            f"format=ollama: the chat template cannot be said in a Modelfile ({error}); use format={instead}, "
+            "which carries it"
         ) from error
     return turns
 
@@ -97,28 +97,28 @@ def modelfile(base: str, adapter: str | None, layout: PromptLayout, tokenizer: P
 
     Raises ValueError for a prompt that Ollama would read otherwise.
     """
-    lines = [f"FROM {base}"]
+    lines, instead = [f"FROM {base}"], "gguf" if adapter is None else "gguf_lora"
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
-    template = turns_of(layout, tokenizer).go_template() if layout.kind == "chat" else "{{ .Prompt }}"
-    lines.append(f"TEMPLATE {quoted(template, 'chat template')}")
+    template = turns_of(layout, tokenizer, instead).go_template() if layout.kind == "chat" else "{{ .Prompt }}"
+    lines.append(f"TEMPLATE {quoted(template, 'chat template', instead)}")
     if layout.kind == "chat" and layout.system_prompt is not None:
-        lines.append(f"SYSTEM {quoted(layout.system_prompt, 'system prompt')}")
-    lines += [f"PARAMETER stop {quoted(text, 'stop text')}" for text in stop_texts(layout, tokenizer)]
+        lines.append(f"SYSTEM {quoted(layout.system_prompt, 'system prompt', instead)}")
+    lines += [f"PARAMETER stop {quoted(text, 'stop text', instead)}" for text in stop_texts(layout, tokenizer)]
     return "\n".join(lines) + "\n"
 
 
-def quoted(text: str, what: str) -> str:
+def quoted(text: str, what: str, instead: str) -> str:
     """Return a text as a Modelfile says it. Raises ValueError for one that cannot stand there.
 
     Ollama's parser knows no escapes, and keeps of the characters that do not print (a no-break or ideographic space, a
     joiner of emoji) tabs and line ends alone.
     """
     if '"""' in text:
-        raise ValueError(f'format=ollama: a Modelfile cannot say a {what} with """ in it; use format=gguf')
+        raise ValueError(f'format=ollama: a Modelfile cannot say a {what} with """ in it; use format={instead}')
     if lost := sorted({f"U+{ord(c):04X}" for c in text if not c.isprintable() and c not in "\t\n\r"}):
         raise ValueError(
             f"format=ollama: Ollama drops {', '.join(lost)} of the {what} when it reads a Modelfile; train without, or "
-            "use format=gguf, whose file carries it"
+            f"use format={instead}, which carries it"
         )
     return f'"""{text}"""'

@@ -32,7 +32,7 @@ def plain_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     layers: dict[str, LowRank] = {}
     for name, layer in adapters(model):
         if (change := layer.low_rank()) is None:
-            raise NotLowRankError(f"{type(layer).__name__} at {name} is no low-rank sum: use format=gguf, or merge")
+            raise NotLowRankError(f"{type(layer).__name__} at {name} is no low-rank sum: use `lightning-peft merge`")
         layers[name] = change
     rank = max(len(change.A) for change in layers.values())
     return {name: padded(change.A.cpu(), change.scaling * change.B.cpu(), rank) for name, change in layers.items()}
@@ -49,7 +49,7 @@ def cut_pairs(model: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tens
         change = layer.low_rank()
         if change is None and (layer.delta_bias() is not None or isinstance(layer.base_layer, nn.Embedding)):
             raise NotLowRankError(
-                f"{type(layer).__name__} at {name} changes more than a linear weight: use format=gguf"
+                f"{type(layer).__name__} at {name} changes more than a linear weight: use `lightning-peft merge`"
             )
         to = Cut(rank)
         cut_change, lost[name] = cut_dense(layer.delta_weight().float(), to) if change is None else cut(change, to)

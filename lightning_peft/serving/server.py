@@ -19,12 +19,13 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.answer_text import MOST_KEPT
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.serving.adapter_checks import NAME, folder_version, listed
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest
 from lightning_peft.serving.completions import Answer, error_body
 from lightning_peft.serving.engine import GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.state import ApiError, Serving
 from lightning_peft.serving.tiers import AdapterTiers
-from lightning_peft.serving.vllm_middleware import NAME, folder_version, key_fits
+from lightning_peft.serving.vllm_middleware import key_fits
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """Time between two looks of a waiting request for whether its client is still there."""
@@ -33,7 +34,9 @@ PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
-OPEN = ("/", "/health")
+DOCS = Path(__file__).with_name("docs.html")
+"""The endpoints as openapi.json has them; FastAPI's own page comes from a network."""
+OPEN = ("/", "/health", "/docs", "/openapi.json")
 """Paths that are answered without the API key; the page asks for the key."""
 
 
@@ -71,7 +74,7 @@ def build_app(serving: Serving) -> FastAPI:
         yield
         serving.engine.stop()
 
-    app = FastAPI(title="lightning_peft", lifespan=life)
+    app = FastAPI(title="lightning_peft", lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, key=serving.config.api_key)
 
     @app.exception_handler(ApiError)
@@ -80,8 +83,10 @@ def build_app(serving: Serving) -> FastAPI:
         return JSONResponse(error_body(str(error), error.code), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def say_what_is_wrong(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+    async def say_what_is_wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        first, given = error.errors()[0], request.headers.get("content-type", "none")
+        if first["loc"] == ("body",) and "json" not in given:  # it was not read as JSON then
+            return JSONResponse(error_body(f"content-type: {given}: must be application/json"), 400)
         if first["type"] == "json_invalid":
             where = f"{first['ctx']['error']} at character {first['loc'][-1]}"
             return JSONResponse(error_body(f"body: is no JSON: {where}"), 400)
@@ -92,10 +97,15 @@ def build_app(serving: Serving) -> FastAPI:
     async def say_of_http(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(DOCS.read_text(encoding="utf-8"))
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -120,7 +130,7 @@ def build_app(serving: Serving) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         folder = serving.folder(body.model)
-        prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages)
+        prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages, body.tools)
         top = body.top_logprobs if body.logprobs else 0
         limit = body.max_completion_tokens or body.max_tokens
         return await answered(
@@ -132,8 +142,10 @@ def build_app(serving: Serving) -> FastAPI:
         folder = serving.folder(body.model)
         if body.echo:
             raise ApiError(400, "echo=true: the prompt is not repeated here")
-        serving.check_size(body.prompt)
-        prompt = (await asyncio.to_thread(serving.tokenizer, body.prompt))["input_ids"]
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            serving.check_size(prompt)
+            prompt = (await asyncio.to_thread(serving.tokenizer, prompt))["input_ids"]
         if not prompt:
             raise ApiError(400, "prompt: is empty")
         answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0, serving.tokenizer)
@@ -157,11 +169,12 @@ def build_app(serving: Serving) -> FastAPI:
                 if not path.is_relative_to(tiers.directory.resolve()):
                     raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
             folder = adapter_folder(str(path), "lora_path")
-            serving.versions[folder] = folder_version(folder)
+            version = folder_version(folder)  # before the files are read: what changes meanwhile is read anew
             PromptLayout.load(folder)
             await asyncio.to_thread(serving.engine.read_anew, folder)
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error)) from error
+        serving.versions[folder] = version
         serving.layouts.pop(folder, None)
         tiers.folders[body.lora_name] = folder
         return {"status": "loaded", "lora_name": body.lora_name}
@@ -171,7 +184,7 @@ def build_app(serving: Serving) -> FastAPI:
         tiers = loading_tiers(serving)
         folder = tiers.folders.pop(body.lora_name, None)
         if folder is None:
-            raise ApiError(404, f"lora_name={body.lora_name}: not loaded; there are {', '.join(tiers.folders)}")
+            raise ApiError(404, f"lora_name={body.lora_name}: not loaded; there are {listed([*tiers.folders])}")
         serving.engine.forget(folder)
         return {"status": "unloaded", "lora_name": body.lora_name}
 

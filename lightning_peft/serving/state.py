@@ -5,18 +5,19 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
+from lightning_peft.serving.adapter_checks import FolderVersion, folder_version, is_there, listed
 from lightning_peft.serving.bodies import Turn
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import AdapterTiers, UnknownModelError
-from lightning_peft.serving.vllm_middleware import FolderVersion, folder_version, is_there
 
 
 class ApiError(Exception):
@@ -63,7 +64,7 @@ class Serving:
             pass
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        raise ApiError(404, f"model={model}: not here; there are {', '.join(self.names())}", "model_not_found")
+        raise ApiError(404, f"model={model}: not here; there are {listed(self.names())}", "model_not_found")
 
     def as_it_is_now(self, folder: Path) -> Path:
         """Return an adapter's folder, which is read anew where its files are others than when it was last asked for.
@@ -92,14 +93,17 @@ class Serving:
             self.layouts[folder] = saved if saved is not None else replace(self.base_layout, system_prompt=None)
         return self.layouts[folder]
 
-    def chat_prompt(self, folder: Path | None, turns: list[Turn]) -> list[int]:
+    def chat_prompt(self, folder: Path | None, turns: list[Turn], tools: list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of a chat as it was trained; `tools` in place of those of the training, where there are."""
         layout = self.layout(folder)
-        messages = [Message(turn.role, turn.content, name=turn.name) for turn in turns]
+        messages = [
+            Message(t.role, t.content, tool_calls=t.tool_calls, name=t.name, tool_call_id=t.tool_call_id) for t in turns
+        ]
         if layout.kind != "chat":
             if len(messages) != 1 or messages[0].role != "user":
                 raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
             return self.laid_out(layout, layout.conversation(messages[0].content))
-        return self.laid_out(layout, layout.going_on(messages))
+        return self.laid_out(layout, layout.going_on(messages, tools or None))
 
     def check_size(self, text: str) -> None:
         """Raise ApiError for a text that is too long whatever its tokens, before they are counted."""
@@ -121,6 +125,7 @@ class Serving:
             try:
                 return layout.prompt(messages, self.tokenizer, self.check_size)
             except (ChatTemplateError, ValueError) as error:
-                raise ApiError(400, f"messages: {error}") from error
+                said = str(error).partition("; data.")[0]  # options of training are no remedy of a client's
+                raise ApiError(400, f"messages: {said}") from error
             finally:
                 self.tokenizer.chat_template = before

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.serving.vllm_middleware import NAME
+from lightning_peft.serving.adapter_checks import NAME, adapters_in
 
 
 class UnknownModelError(KeyError):
@@ -41,12 +41,8 @@ class AdapterTiers:
         self.loads = {"disk": 0, "host": 0}
 
     def names(self) -> list[str]:
-        """Return every name that a request may give, but the base's."""
-        try:
-            found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
-        except OSError:  # it was removed, and what is named goes on
-            found = []
-        return list(dict.fromkeys([*self.folders, *(name for name in found if NAME.fullmatch(name))]))
+        """Return the name of every adapter that there is."""
+        return list(dict.fromkeys([*self.folders, *adapters_in(self.directory)]))
 
     def folder(self, name: str) -> Path:
         """Return the adapter folder of a name. Raises UnknownModelError."""
@@ -61,6 +57,12 @@ class AdapterTiers:
         if folder in self.host:
             self.host.move_to_end(folder)
             return self.host[folder]
+        factors = self.read(folder)
+        self.keep(folder, factors)
+        return factors
+
+    def read(self, folder: Path) -> Factors:
+        """Return an adapter as it lies on disk, in the slots' dtype; any thread may ask. Raises ValueError."""
         self.check(folder)
         factors = cast_factors(read_low_rank(folder), self.slots.dtype)
         rank = max(A.shape[0] for A, _ in factors.values())
@@ -68,11 +70,14 @@ class AdapterTiers:
             raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
         if not are_finite(factors):
             raise ValueError(f"{folder}: has numbers that are not finite, in {self.slots.dtype}; it has no answers")
+        return factors
+
+    def keep(self, folder: Path, factors: Factors) -> None:
+        """Keep an adapter that was read, in the place of the one used longest ago."""
         self.loads["disk"] += 1
         self.host[folder] = factors
         while len(self.host) > self.host_limit:
             self.host.popitem(last=False)
-        return factors
 
     def acquire(self, folder: Path) -> int | None:
         """Return the number of the slot that holds an adapter, which it keeps until `release`.

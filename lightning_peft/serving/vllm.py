@@ -1,6 +1,7 @@
 """The command that hands a base and its adapters over to vLLM."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -15,13 +16,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.checkpoint.atomic import atomic_folder
-from lightning_peft.serving import vllm_middleware
+from lightning_peft.serving import adapter_checks, vllm_middleware
+from lightning_peft.serving.adapter_checks import Settings
 from lightning_peft.serving.engines import engines
 from lightning_peft.serving.server_config import ServerConfig
-from lightning_peft.serving.vllm_middleware import Settings
 from lightning_peft.user_cache import user_cache
 
-MIDDLEWARE = Path(vllm_middleware.__file__)
+MIDDLEWARE = (vllm_middleware, adapter_checks)
+"""Modules that vLLM's interpreter imports, by the names that they have here."""
 HAND_OVER = "serve"
 """Folder of the user's cache with what vLLM is handed: bases of other formats, plain adapters, settings."""
 SCALES_BY_LAYER = (0, 32)
@@ -75,7 +77,7 @@ class VllmServer:
         words += ["--host", config.host, "--port", str(config.port), "--shutdown-timeout", str(DRAIN_SECONDS)]
         # The middleware brings templates and defaults of sampling; requests of clients may bring no template.
         words += ["--generation-config", "vllm", "--trust-request-chat-template"]
-        return [*words, "--middleware", f"{MIDDLEWARE.stem}.{vllm_middleware.Adapters.__name__}"]
+        return [*words, "--middleware", f"{vllm_middleware.__name__}.{vllm_middleware.Adapters.__name__}"]
 
     def variables(self) -> dict[str, str]:
         """Return the variables that are set in vLLM's environment."""
@@ -95,13 +97,25 @@ class VllmServer:
 
     def hand_over_folder(self) -> Path:
         """Return the folder that holds the middleware and its settings: another for each content."""
-        content = json.dumps(asdict(self.settings)).encode() + MIDDLEWARE.read_bytes()
-        return user_cache() / HAND_OVER / "servers" / hashlib.sha256(content).hexdigest()[:16]
+        content = [json.dumps(asdict(self.settings)), *self.sources().values()]
+        return user_cache() / HAND_OVER / "servers" / hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
 
     def write_hand_over(self) -> None:
         with atomic_folder(self.hand_over_folder()) as partial:
-            (partial / MIDDLEWARE.name).write_bytes(MIDDLEWARE.read_bytes())
             (partial / "settings.json").write_text(json.dumps(asdict(self.settings)), encoding="utf-8")
+            for name, source in self.sources().items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_text(source, encoding="utf-8")
+
+    @staticmethod
+    def sources() -> dict[str, str]:
+        """Return the files of the middleware by their paths, and those that make packages of their folders.
+
+        An empty one each: of a package that vLLM's interpreter had installed, nothing would be imported else.
+        """
+        found = {f"{module.__name__.replace('.', '/')}.py": inspect.getsource(module) for module in MIDDLEWARE}
+        folders = {str(parent) for name in found for parent in Path(name).parents if parent.name}
+        return found | {f"{folder}/__init__.py": "" for folder in sorted(folders)}
 
     def become(self) -> None:
         """Take vLLM's place of this process, once `write_hand_over` is done: signals and exit status are its own."""

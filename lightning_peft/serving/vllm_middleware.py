@@ -1,45 +1,48 @@
 """The middleware in front of vLLM: prompts as they were trained, and adapters that are checked before they are loaded.
 
-vLLM imports this file by its own interpreter (`--middleware vllm_middleware.Adapters`), with nothing else of ours
-beside it: the standard library has to do. `serve` checks adapters by the same functions before it starts vLLM.
+vLLM's interpreter imports this file and `adapter_checks`, with nothing else of ours beside the two: the standard
+library has to do.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
+import logging
 import os
-import re
-import struct
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.serving.adapter_checks import (
+    CONFIG,
+    NAME,
+    FolderVersion,
+    Settings,
+    adapters_in,
+    check_adapter,
+    check_name,
+    folder_version,
+    is_there,
+    listed,
+    read_layout,
+    remarks,
+)
+
+logger = logging.getLogger(__name__)
+
 SETTINGS = "LIGHTNING_PEFT_SERVING"
 """Variable that names the file of the settings."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names that a model may have: a name is checked before it becomes a path."""
-KINDS_OF_PARTS = ("text", "input", "output", "image", "audio", "video", "tool", "thinking", "refusal")
-"""First words of the types of message parts: vLLM answers a request to the base with such a part as an adapter of that
-name, where there is one."""
 ROLES = ("system", "user", "assistant", "tool")
-WEIGHTS = "adapter_model.safetensors"
-FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Values of init_lora_weights that leave the base as it is when HF PEFT loads an adapter."""
 MODELS = "/v1/models"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OPEN = ("/", "/health")
 """Paths that are answered without the API key."""
 MOST_BYTES = 2**24
-KINDS_OF_LAYOUT = {
-    "kind": str, "system_prompt": str, "template": str, "template_options": dict, "tools": list, "stop_token_ids": list,
-}  # fmt: skip
 AS_IT_IS = "{{ messages[0]['content'] }}"  # the template of text without turns
 
 Scope = Mapping[str, Any]
@@ -56,139 +59,9 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
-@dataclass
-class Settings:
-    """The settings of the base and its adapters, as `serve` writes them."""
-
-    base_name: str
-    fingerprint: str  # it is that of the base's weights, as in lineage.json
-    layers: dict[str, list[int]]  # layer of the base -> its inputs and outputs
-    rank: int  # it is the largest that vLLM has place for
-    base_layout: dict[str, Any]  # prompts of the base, as in prompt_layout.json
-    adapters: dict[str, str]  # name -> folder, of those that vLLM loads when it starts
-    adapter_dir: str | None
-    allow_load: bool
-    most_requests: int  # so many may run and wait; more get status 429
-    reads_patterns: bool  # whether this vLLM scales each layer by its own rank and alpha
-
-
-FolderVersion = tuple[tuple[int, int, int] | None, ...]  # inode, size and time of change of each file; None without it
-
-
-def folder_version(folder: Path) -> FolderVersion:
-    """Return which files an adapter folder has now."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in ("adapter_config.json", WEIGHTS, "lineage.json", "prompt_layout.json"):
-        try:
-            status = os.stat(folder / name)
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(found)
-
-
-def is_there(version: FolderVersion) -> bool:
-    """Return whether the files of an adapter are there, its config and its weights."""
-    return None not in version[:2]
-
-
 def key_fits(authorization: bytes, key: str | None) -> bool:
     """Return whether a request's header has the API key; any will do where there is none to have."""
     return not key or hmac.compare_digest(authorization.removeprefix(b"Bearer "), key.encode())
-
-
-def check_name(name: str, base_name: str) -> None:
-    """Raise ValueError for what an adapter cannot be called."""
-    if name == base_name:
-        raise ValueError(f"{name}: is the base's name; call the adapter otherwise")
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r}: letters, digits, dots, dashes and underscores only")
-    if name in KINDS_OF_PARTS:
-        raise ValueError(f"{name}: is a kind of message part, by which vLLM chooses adapters; call it otherwise")
-
-
-def check_adapter(folder: Path, settings: Settings) -> int:
-    """Return the rank of an adapter. Raises ValueError for one that vLLM would refuse, or answer as the base with."""
-    words, lineage = read_json(folder / "adapter_config.json"), read_json(folder / "lineage.json")
-    if words is None:
-        raise ValueError(f"{folder}: not an adapter folder, adapter_config.json is missing")
-    if words.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder}: peft_type {words.get('peft_type')} is no LoRA; `lightning-peft export format=plain` makes one "
-            "of AdaLoRA and VeRA, merge another"
-        )
-    if words.get("init_lora_weights") not in (None, True, False, *PLAIN_STARTS):
-        raise ValueError(
-            f"{folder}: init_lora_weights={words['init_lora_weights']} rewrote the base, which vLLM does not repeat; "
-            "`lightning-peft export format=plain` makes it plain"
-        )
-    if not settings.reads_patterns and (words.get("rank_pattern") or words.get("alpha_pattern")):
-        raise ValueError(
-            f"{folder}: has ranks or alphas of its own for some layers, which this vLLM scales as all others; "
-            "`lightning-peft export format=plain` makes it plain"
-        )
-    if lineage is not None and (trained := lineage.get("base_fingerprint")) != settings.fingerprint:
-        raise ValueError(
-            f"{folder}: this adapter was trained on {lineage.get('base_name')} (weights {str(trained)[:12]}), the "
-            f"model loaded is {settings.base_name} (weights {settings.fingerprint[:12]}): load its own base"
-        )
-    shapes = tensor_shapes(folder / WEIGHTS)
-    checksum = None if lineage is None else lineage.get("adapter_sha256")
-    if checksum is not None and hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != checksum:
-        raise ValueError(f"{folder / WEIGHTS}: is not the file that lineage.json was written for; it may be damaged")
-    if not isinstance(own := words.get("r"), int):
-        raise ValueError(f"{folder}: r={own} in adapter_config.json is no rank")
-    rank = max([own, *(check_factor(folder, key, shapes[key], settings) for key in shapes)])
-    if rank > settings.rank:
-        raise ValueError(
-            f"{folder}: is of rank {rank}, vLLM has place for {settings.rank}; start with serve.max_rank={rank}"
-        )
-    return rank
-
-
-def check_factor(folder: Path, key: str, shape: list[int], settings: Settings) -> int:
-    """Return the rank of a tensor. Raises ValueError for one that is no factor of a layer of the base."""
-    if (found := FACTOR.fullmatch(key)) is None:
-        raise ValueError(f"{folder}: {key} is no factor of a LoRA, and vLLM takes nothing else; merge the adapter")
-    layer, factor = found.groups()
-    if layer not in settings.layers:
-        raise ValueError(f"{folder}: {layer} is no layer of {settings.base_name}")
-    inputs, outputs = settings.layers[layer]
-    if len(shape) != 2 or shape[1 if factor == "A" else 0] != (inputs if factor == "A" else outputs):
-        raise ValueError(f"{folder}: {key} is of shape {shape}; the layer has {inputs} inputs and {outputs} outputs")
-    return shape[0 if factor == "A" else 1]
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes in a safetensors file by names. Raises ValueError for a file that is none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; weights are read from safetensors files alone")
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size)) if size <= path.stat().st_size else {}
-        header.pop("__metadata__", None)
-        end = max(entry["data_offsets"][1] for entry in header.values())
-        shapes = {name: list(entry["shape"]) for name, entry in header.items()}
-    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
-        raise ValueError(f"{path}: is no safetensors file, or a damaged one") from error
-    if path.stat().st_size != 8 + size + end:
-        raise ValueError(f"{path}: is damaged: {path.stat().st_size} bytes, and {8 + size + end} would be whole")
-    return shapes
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a file, None where there is no file. Raises ValueError for a file of another kind."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is no JSON object")
-    return found
 
 
 def with_trained_prompt(body: dict[str, Any], layout: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,21 +194,16 @@ class Adapters:
         return with_trained_prompt(body, loaded.layout) if scope["path"] == CHAT else body
 
     def names(self) -> list[str]:
-        directory = self.settings.adapter_dir
-        try:
-            found = (
-                [] if directory is None else sorted(path.name for path in Path(directory).iterdir() if path.is_dir())
-            )
-        except OSError:  # it was removed, and what is loaded goes on
-            found = []
-        return list(dict.fromkeys([self.settings.base_name, *self.loaded, *filter(NAME.fullmatch, found)]))
+        settings = self.settings
+        return list(dict.fromkeys([settings.base_name, *self.loaded, *adapters_in(settings.adapter_dir)]))
 
     def known(self, name: Any) -> str:
         """Return the name of a model that is here. Raises Refusal."""
-        if not isinstance(name, str) or name not in self.names():
-            there = ", ".join(self.names())
-            raise Refusal(404, f"model={name}: not here; there are {there}", "model_not_found")
-        return name
+        directory, known = self.settings.adapter_dir, (self.settings.base_name, *self.loaded)
+        if isinstance(name, str):
+            if name in known or (directory and NAME.fullmatch(name) and (Path(directory) / name).is_dir()):
+                return name
+        raise Refusal(404, f"model={name}: not here; there are {listed(self.names())}", "model_not_found")
 
     def described(self, name: str) -> dict[str, Any]:
         base = self.settings.base_name
@@ -374,7 +242,7 @@ class Adapters:
         async with self.loading:
             if path == UNLOAD:
                 if name not in self.loaded:
-                    raise Refusal(404, f"lora_name={name}: not loaded; there are {', '.join(self.loaded)}")
+                    raise Refusal(404, f"lora_name={name}: not loaded; there are {listed([*self.loaded])}")
                 await self.ask_vllm(UNLOAD, {"lora_name": name}, scope)
                 del self.loaded[name]
                 return {"status": "unloaded", "lora_name": name}
@@ -394,9 +262,11 @@ class Adapters:
         """Check an adapter and have vLLM load it, in place of one of that name. Raises Refusal."""
         try:
             check_name(name, self.settings.base_name)
-            folder = next((at for at in (place, place / "adapter") if (at / "adapter_config.json").is_file()), place)
+            folder = next((at for at in (place, place / "adapter") if (at / CONFIG).is_file()), place)
             found = self.on_disk(folder)  # before the files are read: what changes meanwhile is read anew
             await asyncio.to_thread(check_adapter, folder, self.settings)
+            for line in remarks(folder, self.settings):
+                logger.warning("%s", line)
         except (ValueError, OSError) as error:
             raise Refusal(400, str(error)) from error
         # vLLM keeps prompts by name and path: under a path used before it may be that of former weights.
@@ -416,14 +286,13 @@ class Adapters:
         return self.loaded[name]
 
     def on_disk(self, folder: Path) -> Loaded:
-        """Return an adapter with its prompts; those of the base where the folder does not say. Raises ValueError."""
-        path, version = folder / "prompt_layout.json", folder_version(folder)
-        if (layout := read_json(path)) is None:
-            return Loaded(folder, str(folder), self.settings.base_layout, version)
-        for key, kind in KINDS_OF_LAYOUT.items():
-            if layout.get(key) is not None and not isinstance(layout[key], kind):
-                raise ValueError(f"{path}: not a prompt layout ({key}={layout[key]!r} is of another type)")
-        return Loaded(folder, str(folder), layout, version)
+        """Return an adapter with its prompts; where its folder does not say, the base's without its system prompt.
+
+        Raises ValueError.
+        """
+        version, layout = folder_version(folder), read_layout(folder)
+        unknown = self.settings.base_layout | {"system_prompt": None}
+        return Loaded(folder, str(folder), unknown if layout is None else layout, version)
 
     async def ask_vllm(self, path: str, body: dict[str, Any], scope: Scope) -> tuple[int, str]:
         """Return the status and the text, or the message, of vLLM's answer to a request of our own."""

@@ -42,9 +42,19 @@ TENSOR_HEAP = Build(
 """The heap's library: it is of the torch whose headers it is made with."""
 
 
+@cache
 def may_be_set() -> bool:
-    """Return whether the C library is glibc and the user has set nothing of it."""
-    return platform.libc_ver()[0] == "glibc" and not any(os.environ.get(name) for name in SETTINGS)
+    """Return whether the C library is glibc and the user has set nothing of it; if not, one line says why."""
+    if platform.libc_ver()[0] != "glibc":
+        reason = "the C library is not glibc"
+    elif found := [name for name in SETTINGS if os.environ.get(name)]:
+        reason = f"{found[0]} is set, which is left as it is"
+    else:
+        return True
+    logger.info(
+        "memory is taken and freed as the C library does it, and a step may hold half as much again: %s", reason
+    )
+    return False
 
 
 def share_heap() -> bool:

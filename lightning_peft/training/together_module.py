@@ -44,11 +44,11 @@ class TogetherModule(FinetuneModule):
         return self._member[0]
 
     def read_base(self, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
-        return self.member.group.base(self, device)
+        return self.member.group.base.model(self, device)
 
     def load(self, device: torch.device, sharding: ShardedModel | None) -> ModelLoss:
         loss = super().load(device, sharding)
-        if (slices := self.member.group.slices) is not None:
+        if (slices := self.member.group.base.slices) is not None:
             slices.share(loss.model, loss)
         return loss
 

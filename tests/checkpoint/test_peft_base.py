@@ -38,7 +38,7 @@ FORMS = {
     "lora_bias_without_biases": ({}, {"lora_bias": True, "use_rslora": True}),
 }
 """Options of the model, and words of HF PEFT."""
-UNMERGED = "lora_bias_without_biases"
+NEW_BIASES = "lora_bias_without_biases"
 
 
 def logits(model):
@@ -46,10 +46,10 @@ def logits(model):
         return model.eval()(input_ids=IDS, use_cache=False).logits.float()
 
 
-def saved_by_peft(form, folder):
+def saved_by_peft(form, folder, family="llama"):
     """Save an adapter that changes as much as it can; return the base's folder, and the logits."""
     options, words = FORMS[form]
-    small_model("llama", vocab_size=320, **options).save_pretrained(folder / "base")
+    small_model(family, vocab_size=320, **options).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **words)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
@@ -100,7 +100,7 @@ def test_a_model_around_the_same_tensors_stays_as_it_was(form, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", sorted(FORMS.keys() - {UNMERGED}))
+@pytest.mark.parametrize("form", FORMS)
 def test_the_merged_model_is_peft_s(form, tmp_path):
     expected = saved_by_peft(form, tmp_path)
     base = ModelConfig("hf", str(tmp_path / "base"))
@@ -110,7 +110,7 @@ def test_the_merged_model_is_peft_s(form, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", ["rows", "lora_bias"])
+@pytest.mark.parametrize("form", ["rows", "lora_bias", NEW_BIASES])
 def test_a_base_of_more_digits_is_not_rounded_to_those_of_the_run(form, tmp_path):
     expected = saved_by_peft(form, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
@@ -121,9 +121,20 @@ def test_a_base_of_more_digits_is_not_rounded_to_those_of_the_run(form, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_bias_where_the_model_has_none_is_not_merged(tmp_path):
-    saved_by_peft(UNMERGED, tmp_path)
-    with pytest.raises(NotMergeableError, match=r"layers.0.self_attn.q_proj.bias, and LlamaForCausalLM has no such"):
+def test_new_biases_are_the_architecture_s_own(tmp_path):
+    """Llama's option adds them to four layers of a block, and the adapter has those of two."""
+    saved_by_peft(NEW_BIASES, tmp_path)
+    merged = merge_adapters(read_here(tmp_path)[0])
+    assert merged.config.attention_bias and not merged.config.mlp_bias
+    biases = {name: value for name, value in merged.named_parameters() if name.endswith(".bias")}
+    assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(value.any() == ("q_proj" in name or "v_proj" in name) for name, value in biases.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bias_that_the_architecture_has_not_is_not_merged(tmp_path):
+    saved_by_peft(NEW_BIASES, tmp_path, "mistral")
+    with pytest.raises(NotMergeableError, match=r"layers.0.self_attn.q_proj.bias, and MistralForCausalLM has no such"):
         merge_adapters(read_here(tmp_path)[0])
 
 

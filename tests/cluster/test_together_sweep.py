@@ -97,6 +97,13 @@ def test_words_that_are_for_other_commands_are_refused(tmp_path, capsys, command
     assert message in capsys.readouterr().err
 
 
+def test_file_in_place_of_a_trial_is_one_line_before_anything_begins(tmp_path, capsys):
+    (tmp_path / "rank4").touch()
+    assert main(["train", "-m", *TINY, "adapter.rank=2,4", "sweep.together=2", f"run_dir={tmp_path}"]) == 2
+    assert f"error: run_dir={tmp_path}/rank4: {tmp_path}/rank4 is a file; name a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rank4"]
+
+
 @pytest.mark.slow
 def test_foreground_sweep_trains_together(tmp_path, capsys):
     folder = tmp_path / "sweep"

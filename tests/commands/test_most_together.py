@@ -26,13 +26,43 @@ def test_most_trials_are_those_of_any_kind_that_fit(tmp_path):
     named = f"device_memory_gib={(room + RESERVED['cpu'] + 2**10) / GIB}"
     configs = [tiny_config(tmp_path / "x", *WORDS, named, *own) for own in (LARGE_RANK, MANY_ROWS)]
     assert most_that_fit([configs[0]] * 5, CPU) == 4
-    assert most_that_fit([configs[0]] * 4 + configs[1:], CPU) == 3
+    assert most_that_fit([configs[1]] * 5, CPU) == 3
+    of_all = [estimate_of(kind, 3) for kind in (large, many)]
+    assert of_all[1].peak + 2 * (of_all[0].of_each - of_all[1].of_each) > room  # one of many rows, two of a large rank
+    assert most_that_fit([configs[0]] * 4 + configs[1:], CPU) == 2
+
+
+def test_pass_of_one_kind_and_the_states_of_another_fit_both(tmp_path):
+    """Long rows of a small rank take a pass by themselves, in which trials of a large rank keep their states."""
+    long, large = ["rank=r4", "data.max_length=1024"], ["adapter.rank=64", "data.max_length=16"]
+    configs = [
+        [tiny_config(tmp_path / "x", "activation_checkpointing=none", "data.micro_batch_size=1", *own)] * count
+        for own, count in ((long, 1), (large, 7))
+    ]
+    kinds = [
+        compose_config("estimate", [*TINY, "activation_checkpointing=none", "data.micro_batch_size=1", *own])
+        for own in (long, large)
+    ]
+    of_all = [estimate_of(kind, 8) for kind in kinds]
+    room = max(estimate.peak for estimate in of_all)
+    mixed = estimate_of(kinds[0], 1).peak + 7 * of_all[1].of_each
+    assert mixed > room  # by what eight of either kind take
+    limited = [
+        replace(config, device_memory_gib=(room + RESERVED["cpu"] + 2**10) / GIB)
+        for config in [*configs[0], *configs[1]]
+    ]
+    fitting = most_that_fit(limited, CPU)
+    assert 1 < fitting < 8
+    assert estimate_of(kinds[0], 1).peak + (fitting - 1) * of_all[1].of_each <= room
 
 
 def test_trial_that_does_not_fit_alone_is_refused(tmp_path):
     config = tiny_config(tmp_path, *WORDS, "device_memory_gib=0.501")
-    with pytest.raises(ValueError, match="sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00"):
+    message = "sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00; `estimate` with the words of one"
+    with pytest.raises(ValueError, match=message):
         most_that_fit([config, config], CPU)
+    with pytest.raises(ValueError, match="and there are 0.00 for each of 2 processes; `estimate`"):
+        most_that_fit([config, config], CPU, processes=2)
 
 
 OF_NO_WEIGHT = [

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.kernels import products
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.kernels.low_rank import add_low_rank
+from lightning_peft.kernels.native.library import library
 from lightning_peft.kernels.segments import RandomState, Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.linear import QuantizedLinear
@@ -85,7 +86,8 @@ def test_each_segment_is_its_change_alone(form: str, dropout: float) -> None:
 @pytest.fixture
 def kernel_or_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute by the compiled kernel where a processor has it, or by what the kernel is tested against."""
-    if products.kernels_are_fastest():
+    monkeypatch.setattr(products, "kernels_are_fastest", lambda: True)
+    if library() is not None:
         return
 
     def by_torch(*operands: Any) -> None:
@@ -95,7 +97,6 @@ def kernel_or_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(products, "kernels_are_fastest", lambda: False)
             into.copy_(torch.ops.lightning_peft.low_rank_sum(rows, weight, inner, factor, gain, bias, transposed))
 
-    monkeypatch.setattr(products, "kernels_are_fastest", lambda: True)
     monkeypatch.setattr(products, "takes_gradients", lambda *operands: False)
     monkeypatch.setattr(products, "sum_by_kernel", by_torch)
 

@@ -11,18 +11,22 @@ from adapter_models import config_for
 from families import small_model
 from server_process import save
 
+from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.checkpoint.lineage import FILE_NAME, LineageError
 from lightning_peft.checkpoint.peft_format import save_adapter
-from lightning_peft.commands.serve import check_is_of_base, checked, say_other_dtypes, try_adapters
+from lightning_peft.commands.adapted import layout_of
+from lightning_peft.commands.serve import check_is_of_base, check_later, checked, try_adapters
 from lightning_peft.commands.serve_vllm import Served
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
+from lightning_peft.models.tiny import CHAT_TEMPLATE
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.serving.engine import Engine, GenerationRequest, Piece
 from lightning_peft.serving.tiers import AdapterTiers
@@ -82,11 +86,15 @@ def test_one_that_was_trained_as_the_base_is_served_passes(adapter, caplog) -> N
         checked(trained(adapter), replace(served(), fingerprint="0" * 64))
 
 
-def test_an_adapter_that_was_trained_in_another_dtype_is_named(adapter, caplog) -> None:
-    say_other_dtypes([*trained(adapter, precision="bf16-true").items()], torch.bfloat16)
+def test_an_adapter_that_was_trained_in_another_dtype_is_named_once_whenever_it_comes(adapter, caplog) -> None:
+    trained(adapter, precision="bf16-true")
+    check_later(adapter, served(), torch.bfloat16)
     assert not caplog.records
-    say_other_dtypes([*trained(adapter, precision="bf16-true").items()], torch.float32)
-    assert "adapters: a was trained in bf16-true and is served in float32" in caplog.text
+    for _ in range(2):  # it is read again when others have taken its place on the host
+        check_later(adapter, served(), torch.float32)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{adapter}: was trained in bf16-true and is served in float32, so its answers are not those of `generate`"
+    ]
 
 
 def test_an_adapter_that_comes_later_is_checked_as_those_at_the_start(adapter, caplog) -> None:
@@ -157,3 +165,36 @@ def test_a_model_that_computes_with_its_layers_by_itself_is_said_at_the_start(fa
     try_adapters(decoder, slots, [("good", tmp_path / "good")])
     with pytest.raises(ValueError, match=f"adapters: bad=.* cannot be asked .*{says}.*lightning-peft merge"):
         try_adapters(decoder, slots, [("good", tmp_path / "good"), ("bad", tmp_path / "bad")])
+
+
+def test_a_whole_model_is_no_adapter_and_brings_its_prompt_along(tmp_path, capsys) -> None:
+    """That of a run of all weights, and one that `merge` has made: a server of it had no system prompt."""
+    model, tokenizer = load_model(TINY, torch.float32), load_tokenizer(TINY)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "run" / "model")
+    layout = PromptLayout(system_prompt="Answer in SQL.", template=CHAT_TEMPLATE, stop_token_ids=[2])
+    layout.save(tmp_path / "run" / "model")
+    for path in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert main(["serve", f"adapters=[a={path}]", "serve.dry_run=true"]) == 2
+        said = (
+            f"adapters: a={path}: holds a whole model, which is no adapter; commands with model= take it as model=hf "
+        )
+        assert f"{said}model.path={tmp_path / 'run' / 'model'}" in capsys.readouterr().err
+    whole = ModelConfig("hf", str(tmp_path / "run" / "model"))
+    assert layout_of(None, tokenizer, whole) == layout
+    assert layout_of(None, tokenizer, TINY).system_prompt is None
+    prompts = []
+    for words in ([], ["system_prompt=Answer in SQL."]):
+        base = ["model=hf", f"model.path={whole.path}"] if not words else ["model=tiny"]
+        assert main(["generate", *base, *words, "prompt=List all.", "sampling.max_new_tokens=12"]) == 0
+        prompts.append(capsys.readouterr().out)
+    assert prompts[0] == prompts[1]
+
+
+def test_slots_below_the_rank_of_a_named_adapter_are_refused(tmp_path, capsys) -> None:
+    """Each request to it had status 400."""
+    save(tmp_path, config_for("lora", rank=8), 0.1)
+    words = ["serve", f"adapters=[a={tmp_path}]", "model=tiny", "serve.dry_run=true"]
+    assert main([*words, "serve.max_rank=4"]) == 2
+    assert "serve.max_rank=4: the adapters named are of rank 8; give that" in capsys.readouterr().err
+    assert main([*words, "serve.max_rank=8"]) == 0

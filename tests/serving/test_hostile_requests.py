@@ -1,11 +1,9 @@
 """Requests that nobody should send: each gets one line and a status of the 400s, and the server goes on."""
 
-import asyncio
 import json
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,22 +16,18 @@ import torch
 from adapter_models import config_for
 from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
-from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.__main__ import main
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.models.loading import load_model, load_tokenizer
-from lightning_peft.models.source import ModelConfig
-from lightning_peft.models.tiny import CHAT_TEMPLATE
-from lightning_peft.serving.engine import Engine
-from lightning_peft.serving.server import build_app
-from lightning_peft.serving.server_config import ServerConfig
-from lightning_peft.serving.state import Serving
 
-SECONDS_HELD = 20.0
-"""Time that a test which is to fail takes."""
 HI = [{"role": "user", "content": "hi"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"table": "singer"}'}}
+CUT = {"type": "function", "function": {"name": "look", "arguments": "{"}}
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
-    for name in ("copy", "layout", "nan", "huge", "lineage"):
+    for name in ("copy", "layout", "nan", "huge", "lineage", "tools"):
         shutil.copytree(place / "a", folder / name)
     (folder / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (folder / "lineage" / "lineage.json").write_text("[]")
@@ -52,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = folder / "huge" / "adapter_model.safetensors"
     save_file({name: value * 1e30 for name, value in load_file(weights).items()}, weights)
     (folder / "huge" / "lineage.json").unlink()
+    PromptLayout(template=WITH_TOOLS, stop_token_ids=[2]).save(folder / "tools")
     (folder / "link").symlink_to(place / "a")
     return place
 
@@ -110,7 +105,17 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"n": 2}, "n: Input should be less than or equal to 1"),
         ({"logit_bias": {"1": 5}}, "logit_bias is not done here; leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format is not done here; leave it out"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not done here; leave it out"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: calls of them come as text here"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+        ({"messages": [{"role": "user"}]}, "messages.0: content: Field required"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0: content: Field required"),
+        ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, "messages.0: tool_calls are the assistant's"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CUT]}]},
+            "messages.0.tool_calls: expected JSON as arguments",
+        ),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": [CALL]}, *HI]}, "template does not write tool calls"),
+        ({"tools": [CALL], "tool_choice": "none"}, "the chat template does not write the tools of a conversation"),
         ({"presence_penalty": 1}, "presence_penalty is not done here; leave it out"),
         ({"reasoning_effort": "low"}, "reasoning_effort is not done here; leave it out"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
@@ -299,11 +304,61 @@ def test_turns_have_the_authors_of_training_rows(client: openai.OpenAI, name: st
     assert found[0] == found[1]
 
 
+def test_calls_of_tools_stand_in_the_prompt(client: openai.OpenAI) -> None:
+    """As a row of training with the same turns and tools has them; what is then said is text."""
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    turns: Any = [
+        {"role": "user", "content": "How many singers?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+    ]
+    answer = client.chat.completions.create(
+        model="tools", messages=turns, tools=tools, tool_choice="none", max_tokens=3
+    )
+    call = '{"name": "look", "arguments": {"table": "singer"}}'
+    text = (
+        f"{json.dumps(tools)}<|im_start|>user\nHow many singers?<|im_end|>\n<|im_start|>assistant\n{call}<|im_end|>\n"
+        "<|im_start|>tool\n12<|im_end|>\n<|im_start|>assistant\n"
+    )
+    told = client.completions.create(model="tools", prompt=text, max_tokens=3)
+    assert answer.choices[0].message.content == told.choices[0].text
+    assert answer.usage == told.usage
+
+
 def test_bodies_have_a_size(client: openai.OpenAI) -> None:
     large = b'{"model":"a","messages":[{"role":"user","content":"' + b"x" * 2**24 + b'"}]}'
     assert post(client, "chat/completions", raw=large).status_code == 413
     endless = httpx.post(f"{client.base_url}chat/completions", content=iter([b"{", b"}"]), timeout=60)
     assert endless.status_code == 411 and "must say its length" in line(endless)
+
+
+def test_a_body_that_is_not_said_to_be_json_is_named(client: openai.OpenAI) -> None:
+    """As curl sends it without a header."""
+    body = json.dumps({"model": "a", "prompt": "hi"}).encode()
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        answer = httpx.post(f"{client.base_url}completions", content=body, headers={"content-type": kind}, timeout=60)
+        assert (answer.status_code, line(answer)) == (400, f"content-type: {kind}: must be application/json")
+
+
+def test_names_are_those_of_adapters_and_few_in_a_line(client: openai.OpenAI, place: Path) -> None:
+    (place / "dir" / "logs").mkdir()
+    for number in range(30):
+        (place / "dir" / f"trial{number:02}").symlink_to(place / "a")
+    try:
+        found = [model.id for model in client.models.list()]
+        assert "trial29" in found and "logs" not in found
+        said = line(post(client, "completions", {"model": "nobody", "prompt": "x"}))
+        assert said.count(",") == 19 and said.endswith(f" and {len(found) - 20} more")
+        said = line(post(client, "completions", {"model": "logs", "prompt": "x"}))
+        assert "neither a run nor an adapter folder" in said
+    finally:
+        (place / "dir" / "logs").rmdir()
+        for path in (place / "dir").glob("trial*"):
+            path.unlink()
+
+
+def test_a_balancer_may_ask_for_health_by_its_head(client: openai.OpenAI) -> None:
+    assert httpx.head(f"{str(client.base_url).removesuffix('v1/')}health").status_code == 200
 
 
 def test_other_paths_and_verbs_are_said_in_the_same_form(client: openai.OpenAI) -> None:
@@ -315,48 +370,6 @@ def test_a_model_is_retrieved_by_name(client: openai.OpenAI) -> None:
     assert client.models.retrieve("copy").model_dump()["parent"] == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
-
-
-class HeldTokenizer(PreTrainedTokenizerFast):
-    """Counts tokens when it is let, or after `SECONDS_HELD`: a prompt that takes long."""
-
-    counting: threading.Event
-    let: threading.Event
-    was_let: bool
-
-    def __call__(self, *given: Any, **options: Any) -> Any:
-        self.counting.set()
-        self.was_let = self.let.wait(SECONDS_HELD)
-        return super().__call__(*given, **options)
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("completions", {"prompt": "hi"})],
-)
-def test_others_are_answered_while_the_tokens_of_a_prompt_are_counted(path: str, body: dict[str, Any]) -> None:
-    source = ModelConfig("tiny")
-    tokenizer = load_tokenizer(source)
-    tokenizer.__class__ = HeldTokenizer
-    tokenizer.counting, tokenizer.let = threading.Event(), threading.Event()
-    engine = Engine(Decoder(load_model(source, torch.float32).eval()), None, tokenizer, 4, 4)
-    layout = PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2])
-    app = build_app(Serving(engine, None, tokenizer, "tiny", layout, 2048, ServerConfig()))
-
-    async def asked() -> int:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here", timeout=None) as client,
-        ):
-            post = client.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 2, **body})
-            answer = asyncio.create_task(post)
-            assert await asyncio.to_thread(tokenizer.counting.wait, SECONDS_HELD)
-            assert (await client.get("/health")).json() == {"status": "ok"}
-            tokenizer.let.set()
-            return (await answer).status_code
-
-    assert asyncio.run(asked()) == 200
-    assert tokenizer.was_let
 
 
 def test_an_adapter_unloaded_or_changed_in_use_ends_as_it_began(client: openai.OpenAI, place: Path) -> None:

@@ -63,7 +63,7 @@ def test_triplets_that_adalora_has_cut_are_left_out() -> None:
 
 @pytest.mark.parametrize("method", ["dora", "hira", "ia3", "miss", "intrinsic", "lr_lora"])
 def test_what_is_no_low_rank_sum_is_refused(method: str) -> None:
-    with pytest.raises(NotLowRankError, match="is no low-rank sum: use format=gguf, or merge"):
+    with pytest.raises(NotLowRankError, match="is no low-rank sum: use `lightning-peft merge`"):
         plain_pairs(perturb(adapted(method)))
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import config_for
+from adapter_models import config_for, perturb
 from families import small_model
 from llama_cpp_models import CASES, case_model
+from peft import LoraConfig, get_peft_model
 from pieces import ALSO, TEXTS, bytes_tokenizer, pieces_tokenizer
 from server_process import save
 
@@ -168,6 +169,32 @@ def test_llama_cpp_computes_every_low_rank_method(case: str, tiny: Path) -> None
     with torch.no_grad():
         ours, without = (each(torch.tensor([prompt])).logits[0, -1] for each in (model, base))
     assert (theirs - ours).abs().max() < 0.01 * (without - ours).abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_llama_cpp_computes_biases_that_only_the_adapter_has(tmp_path: Path) -> None:
+    """HF PEFT's `lora_bias` on layers without a bias: Llama's options add one to all layers of their kind."""
+    model = load_model(ModelConfig("tiny"), torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    load_tokenizer(ModelConfig("tiny")).save_pretrained(tmp_path / "base")
+    words = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    theirs = get_peft_model(model, words)
+    with torch.no_grad():
+        perturb(theirs, 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    output, prompt = tmp_path / "out", list(range(3, 60))
+    export(
+        ExportConfig(
+            adapter_path=str(tmp_path / "adapter"), output=str(output), format=ExportFormat.gguf, dtype="fp32",
+            precision="32-true", model=ModelConfig("hf", str(tmp_path / "base")),
+        )
+    )  # fmt: skip
+    request = {"model": str(output / "model.gguf"), "scores": [prompt]}
+    found = json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), request))
+    base = load_model(ModelConfig("tiny"), torch.float32)
+    with torch.no_grad():
+        expected, without = (each.eval()(torch.tensor([prompt])).logits[0, -1] for each in (theirs, base))
+    assert (torch.tensor(found[0]) - expected).abs().max() < 0.01 * (without - expected).abs().max()
 
 
 @pytest.mark.parametrize("kind", ["pieces", "bytes", *PRE_TOKENIZERS])

@@ -19,8 +19,10 @@ from server_process import ask, ended, save, start
 
 from lightning_peft.__main__ import main
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models.loading import load_tokenizer
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import CHAT_TEMPLATE
-from lightning_peft.serving.server import PAGE
+from lightning_peft.serving.server import DOCS, PAGE
 
 QUESTIONS = ("How many singers are there?", "List all.", "What is the largest?", "Show the names of all people.")
 
@@ -95,6 +97,16 @@ def test_stream_is_the_answer_in_pieces(client):
     assert chunks[-1].usage.completion_tokens == 9 and chunks[-2].choices[0].finish_reason in ("length", "stop")
 
 
+def test_a_stream_adds_up_to_its_message(client):
+    """OpenAI's own adding of deltas made the role `assistantassistantassistant`."""
+    messages = [{"role": "user", "content": QUESTIONS[0]}]
+    with client.chat.completions.stream(model="a", messages=messages, max_tokens=9) as stream:
+        for _ in stream:
+            pass
+        message = stream.current_completion_snapshot.choices[0].message
+    assert (message.role, message.content) == ("assistant", ask(client, "a", QUESTIONS[0], 9))
+
+
 @pytest.mark.parametrize("asked", [{"include_usage": True}, {"include_usage": False}, None])
 def test_usage_of_a_stream_is_null_until_its_last_chunk(client, asked):
     body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True}
@@ -129,6 +141,15 @@ def test_stop_seed_and_logprobs(client):
 def test_text_is_continued_as_it_is(client):
     answer = client.completions.create(model="tiny", prompt="Once upon", max_tokens=5, logprobs=1)
     assert answer.usage.prompt_tokens == len("Once upon") and len(answer.choices[0].logprobs.tokens) == 5
+    ids = load_tokenizer(ModelConfig("tiny"))("Once upon")["input_ids"]
+    for prompt in (["Once upon"], ids, [ids]):
+        assert (
+            client.completions.create(model="tiny", prompt=prompt, max_tokens=5, logprobs=1).choices == answer.choices
+        )
+    with pytest.raises(openai.BadRequestError, match="prompt: one text is continued a request"):
+        client.completions.create(model="tiny", prompt=["Once", "upon"])
+    with pytest.raises(openai.BadRequestError, match="a token with the id 400"):
+        client.completions.create(model="tiny", prompt=[400])
 
 
 @pytest.mark.parametrize(
@@ -246,6 +267,16 @@ def test_page_is_there_without_the_key_and_the_models_are_not(runs):
         process.communicate(timeout=60)
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_endpoints_are_a_page_without_a_network(client, tmp_path):
+    with Browser(f"{str(client.base_url).removesuffix('v1/')}docs", tmp_path) as page:
+        page.wait("document.body?.dataset.ready === '1'")
+        text = page.value("document.body.innerText")
+    for said in ("POST /v1/chat/completions", "GET /metrics", "temperature", "max_completion_tokens", "tool_call_id"):
+        assert said in text
+    assert "http://" not in DOCS.read_text() and "https://" not in DOCS.read_text()
+
+
 def test_metrics_count(client):
     base = str(client.base_url).removesuffix("v1/")
     ask(client, "b", "hi", 3)
@@ -360,5 +391,8 @@ def test_a_folder_without_adapters_names_no_base(tmp_path, capsys):
 
 
 def test_dry_run_says_what_would_be_served(runs, capsys):
+    assert main(["serve", "model=tiny", "serve.dry_run=true"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "tiny: would serve tiny; 8 slots of rank 16\n" and "tiny with adapters none: 8" in said.err
     assert main(["serve", f"adapters=[a={runs / 'a'},b={runs / 'b'}]", "model=tiny", "serve.dry_run=true"]) == 0
     assert capsys.readouterr().out == "tiny: would serve tiny, a, b; 8 slots of rank 8\n"

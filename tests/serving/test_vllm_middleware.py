@@ -1,10 +1,8 @@
 """The middleware in front of vLLM, driven by ASGI calls: an application behind it says what it was asked."""
 
-import ast
 import asyncio
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,19 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from adapter_models import config_for
-from safetensors.torch import load_file, save_file
-from server_process import save
+from damaged_adapters import changed, save_all, settings_of
 
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.models.loading import empty_model
-from lightning_peft.models.source import ModelConfig
-from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.models.tiny import CHAT_TEMPLATE
-from lightning_peft.serving import vllm_middleware
-from lightning_peft.serving.vllm import layers_of
-from lightning_peft.serving.vllm_middleware import LOAD, SETTINGS, UNLOAD, Adapters, Settings, check_adapter
+from lightning_peft.serving.adapter_checks import Settings
+from lightning_peft.serving.vllm_middleware import LOAD, SETTINGS, UNLOAD, Adapters
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -32,61 +23,13 @@ HI = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return adapters of the tiny model by what is the matter with them; `dir` is the folder that is served."""
-    place = tmp_path_factory.mktemp("middleware")
-    save(place / "a", config_for("lora", rank=8), 0.2)
-    save(place / "dir" / "foreign", config_for("lora"), 0.1, "tiny_tied")
-    save(place / "dir" / "dora", config_for("dora"), 0.1)
-    save(place / "dir" / "adalora", config_for("adalora"), 0.1)
-    save(place / "dir" / "wide", config_for("lora", rank=32), 0.1)
-    for name in (
-        "copy",
-        "damaged",
-        "pickled",
-        "deeper",
-        "other_width",
-        "raw",
-        "text",
-        "refused",
-        "layout",
-        "types",
-        "ranks",
-        "patterns",
-        "start",
-    ):
-        shutil.copytree(place / "a", place / "dir" / name)
-    weights = "adapter_model.safetensors"
-    damaged = place / "dir" / "damaged" / weights
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    (place / "dir" / "pickled" / weights).rename(place / "dir" / "pickled" / "adapter_model.bin")
-    changed(place / "dir" / "deeper", lambda name, value: (name.replace("layers.1.", "layers.9."), value))
-    changed(place / "dir" / "other_width", lambda name, value: (name, value[:, :-1] if "lora_A" in name else value))
-    PromptLayout(kind="raw", stop_token_ids=[5]).save(place / "dir" / "raw")
-    (place / "dir" / "layout" / "prompt_layout.json").write_text("[]")
-    (place / "dir" / "types" / "prompt_layout.json").write_text('{"system_prompt": 3}')
-    words = json.loads((place / "a" / "adapter_config.json").read_text())
-    (place / "dir" / "ranks" / "adapter_config.json").write_text(json.dumps(words | {"r": [8]}))
-    for name, more in (("patterns", {"rank_pattern": {"q_proj": 4}}), ("start", {"init_lora_weights": "pissa"})):
-        (place / "dir" / name / "adapter_config.json").write_text(json.dumps(words | more))
+    save_all(place := tmp_path_factory.mktemp("middleware"))
     return place
-
-
-def changed(folder: Path, change: Any) -> None:
-    """Write an adapter's tensors anew; they have no lineage, as others' adapters."""
-    path = folder / "adapter_model.safetensors"
-    tensors = dict(change(name, value) for name, value in load_file(path).items())
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    (folder / "lineage.json").unlink()
 
 
 @pytest.fixture(scope="module")
 def settings(place: Path) -> Settings:
-    base = ModelConfig("tiny")
-    layout = asdict(PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2]))
-    layers = layers_of(empty_model(base))
-    return Settings(
-        "tiny", source_fingerprint(base), layers, 8, layout, {"a": str(place / "a")}, str(place / "dir"), True, 3, False
-    )
+    return settings_of(place)
 
 
 class Behind:
@@ -166,13 +109,6 @@ def line(response: httpx.Response) -> str:
     return str(message)
 
 
-def test_the_file_needs_the_standard_library_alone() -> None:
-    tree = ast.parse(Path(vllm_middleware.__file__).read_text())
-    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    assert {str(name).split(".")[0] for name in imported} <= {*sys.stdlib_module_names}
-
-
 def test_a_chat_has_the_trained_system_prompt_template_and_stops(front: Adapters) -> None:
     asked = chat(front, "a", max_tokens=3).json()["asked"]
     assert asked["messages"] == [{"role": "system", "content": "Answer in SQL."}, *HI]
@@ -191,6 +127,19 @@ def test_a_chat_with_a_system_prompt_keeps_its_own(front: Adapters) -> None:
 
 def test_the_base_has_no_system_prompt(front: Adapters) -> None:
     assert chat(front, "tiny").json()["asked"]["messages"] == HI
+
+
+def test_an_adapter_that_does_not_say_its_prompt_has_not_the_base_s(
+    start: Callable[[Settings], Adapters], settings: Settings, place: Path, tmp_path: Path
+) -> None:
+    """A base that was tuned itself has one, and the embedded server leaves it out, too."""
+    shutil.copytree(place / "a", tmp_path / "others")
+    (tmp_path / "others" / "prompt_layout.json").unlink()
+    layout = settings.base_layout | {"system_prompt": "Be short."}
+    front = start(replace(settings, base_layout=layout, adapter_dir=str(tmp_path)))
+    assert chat(front, "tiny").json()["asked"]["messages"] == [{"role": "system", "content": "Be short."}, *HI]
+    asked = chat(front, "others").json()["asked"]
+    assert (asked["messages"], asked["chat_template"]) == (HI, CHAT_TEMPLATE)
 
 
 def test_tools_and_options_of_the_template_are_those_of_training(front: Adapters, place: Path, tmp_path: Path) -> None:
@@ -234,19 +183,10 @@ def test_an_adapter_of_the_folder_is_loaded_once_when_first_asked_for(front: Ada
         (None, 404, "model=None: not here"),
         (["a"], 404, "not here"),
         ("foreign", 400, "this adapter was trained on tiny_tied"),
-        ("dora", 400, "lora_magnitude_vector is no factor of a LoRA"),
-        ("adalora", 400, "peft_type ADALORA is no LoRA; `lightning-peft export format=plain`"),
-        ("wide", 400, "is of rank 32, vLLM has place for 8; start with serve.max_rank=32"),
-        ("damaged", 400, "is damaged: "),
-        ("pickled", 400, "weights are read from safetensors files alone"),
-        ("deeper", 400, "is no layer of tiny"),
-        ("other_width", 400, "is of shape [8, 127]; the layer has 128 inputs and 64 outputs"),
         ("text", 400, "is a kind of message part"),
         ("layout", 400, "prompt_layout.json: is no JSON object"),
         ("types", 400, "not a prompt layout (system_prompt=3 is of another type)"),
-        ("ranks", 400, "r=[8] in adapter_config.json is no rank"),
-        ("patterns", 400, "has ranks or alphas of its own for some layers, which this vLLM scales as all others"),
-        ("start", 400, "init_lora_weights=pissa rewrote the base, which vLLM does not repeat"),
+        ("scaled", 400, "was trained with the scaling model.rope_scaling.type=linear model.rope_scaling.factor=2.0, "),
         ("refused", 400, "vLLM cannot load it: vLLM does not yet support it."),
     ],
 )
@@ -255,19 +195,16 @@ def test_what_cannot_be_answered_is_refused_in_one_line(front: Adapters, name: A
     assert (answer.status_code, says in line(answer)) == (status, True), answer.text
 
 
-def test_ranks_of_layers_are_for_a_vllm_that_reads_them(place: Path, settings: Settings) -> None:
-    assert check_adapter(place / "dir" / "patterns", replace(settings, reads_patterns=True)) == 8
-
-
-def test_a_changed_file_of_weights_is_refused(place: Path, settings: Settings, tmp_path: Path) -> None:
-    folder = tmp_path / "a"
-    shutil.copytree(place / "a", folder)
-    path = folder / "adapter_model.safetensors"
-    save_file({name: value + torch.ones_like(value) for name, value in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="is not the file that lineage.json was written for"):
-        check_adapter(folder, settings)
-    (folder / "lineage.json").unlink()
-    assert check_adapter(folder, settings) == 8
+def test_an_adapter_that_was_trained_in_other_numbers_is_named(
+    front: Adapters, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert chat(front, "copy").status_code == 200 and not caplog.records
+    assert chat(front, "other_dtype").status_code == 200
+    folder = place / "dir" / "other_dtype"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: was trained in bf16-true and is served in float32, so its answers are not those of `generate`",
+        f"{folder}: was trained on a base with quantization.kind=nf4, vLLM has it dense",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -178,8 +179,106 @@ def test_limited_addresses_are_left_to_all_else_and_one_line_says_so() -> None:
         assert said.startswith("tensors lie in the C library's heap") and said.count("\n") == 1, said
 
 
-def test_settings_of_the_user_keep_tensors_where_they_are() -> None:
-    program = "from lightning_peft.training.host_memory import use_tensor_heap; print(use_tensor_heap())"
+FULL = """
+import resource, threading, torch
+from lightning_peft.training.host_memory import use_tensor_heap
+torch.ones(2**18) @ torch.ones(2**18)
+assert use_tensor_heap()
+with open("/proc/self/status") as file:
+    taken = next(int(line.split()[1]) for line in file if line.startswith("VmData")) * 1024
+held, full, freed = [], threading.Semaphore(0), threading.Semaphore(0)
+def free():
+    while full.acquire():
+        held.clear()
+        freed.release()
+threading.Thread(target=free, daemon=True).start()
+resource.setrlimit(resource.RLIMIT_DATA, (taken + 2**28, taken + 2**28))
+for _ in range(2):
+    try:
+        while True:
+            held.append(torch.ones(2**20))
+    except RuntimeError as error:
+        print(len(held), "can't allocate memory" in str(error))
+    full.release()
+    freed.acquire()
+print(bool((torch.ones(2**22) == 1).all()))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_heap_that_gets_no_more_memory_says_so_once_and_goes_on() -> None:
+    """As under `ulimit -d`, or where a system overcommits nothing and all is given out."""
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert [line.split()[1] for line in (first, second)] == ["True", "True"] and last == "True"
+    assert int(second.split()[0]) >= int(first.split()[0]) >= 40  # of 4 MiB each
+    assert done.stderr.startswith("tensors lie in the C library's heap from here on") and done.stderr.count("\n") == 1
+
+
+SHARED = """
+import os, sys, tempfile, threading, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_peft.training.host_memory import use_tensor_heap
+
+def main():
+    assert use_tensor_heap()
+    rows = torch.arange(2**16).reshape(-1, 2**12).float()
+    path = Path(tempfile.mkdtemp()) / "rows.safetensors"
+    save_file({"rows": rows}, path)
+    mapped = load_file(path)["rows"]
+    assert torch.equal(mapped, rows)
+    named = torch.from_file(str(path.with_suffix(".bin")), True, 2**16, dtype=torch.float32)
+    named.copy_(rows.flatten())
+    assert torch.equal(named, rows.flatten())
+    for context in ("fork", "spawn"):
+        loader = DataLoader(TensorDataset(rows), 4, num_workers=2, multiprocessing_context=context)
+        assert torch.equal(torch.cat([batch for (batch,) in loader]), rows)
+    given = [torch.full((2**14,), float(number)) for number in range(64)]
+    def free(part):
+        while part:
+            assert len(set(part.pop().tolist())) == 1
+    def make(number):
+        for _ in range(50):
+            own = torch.full((2**15,), float(number))
+            assert bool((own == number).all())
+    threads = [threading.Thread(target=free, args=(given[start::4],)) for start in range(4)]
+    threads += [threading.Thread(target=make, args=(number,)) for number in range(4)]
+    given.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = torch.ones(2**16)
+    own.untyped_storage().resize_(0)
+    own.untyped_storage().resize_(own.nbytes)
+    own.fill_(1)
+    assert bool((own.share_memory_().add_(1) == 2).all())
+    assert float(torch.from_numpy(torch.ones(2**14).numpy()).sum()) == 2**14
+    print("done")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_tensors_of_the_heap_go_to_workers_threads_and_files(tmp_path: Path) -> None:
+    (tmp_path / "shared.py").write_text(SHARED)
+    done = subprocess.run([sys.executable, tmp_path / "shared.py"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+def test_settings_of_the_user_keep_tensors_where_they_are_and_one_line_says_so() -> None:
+    program = (
+        "import logging; logging.basicConfig(level='INFO')\n"
+        "from lightning_peft.training.host_memory import keep_freed_memory, share_heap, use_tensor_heap\n"
+        "print(use_tensor_heap(), keep_freed_memory(), share_heap())"
+    )
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", program]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False False\n"
+    assert done.stderr.count("half as much again: MALLOC_TRIM_THRESHOLD_ is set, which is left as it is") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from equal_runs import rows
+from equal_runs import compared_rows, rows
 from safetensors.torch import load_file
 from tiny_runs import tiny_config
 from torch import nn
@@ -21,14 +21,8 @@ from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
 from lightning_peft.training.preemption import Preempted
-from lightning_peft.training.together import (
-    HandedLoss,
-    Member,
-    MemberSignals,
-    RunGroup,
-    SharedPasses,
-    in_one_block,
-)  # fmt: skip
+from lightning_peft.training.shared_passes import HandedLoss, SharedPasses, in_one_block
+from lightning_peft.training.together import Member, MemberSignals, RunGroup
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
@@ -121,6 +115,7 @@ def test_runs_that_take_turns_are_what_they_are_alone(
 
 
 def test_first_step_in_bf16_is_that_of_a_run_alone(tmp_path: Path) -> None:
+    """A layer of the tiny model sums so few products that they are not cut by the number of rows."""
     words = ["trainer.precision=bf16-true", "trainer.max_steps=1", "validation.every_n_steps=null"]
     trials = {name: TRIALS[name] for name in ("plain", "dropped")}
     assert together(tmp_path / "together", trials, *words) == 0
@@ -128,6 +123,24 @@ def test_first_step_in_bf16_is_that_of_a_run_alone(tmp_path: Path) -> None:
         train(config)
         found, expected = (rows(tmp_path / kind / name)[0] for kind in ("together", "alone"))
         assert found["loss"] == expected["loss"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_runs_that_fill_a_pass_each_are_those_alone_to_the_bit(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(segments.PASS_TOKENS, "cpu", 512)
+    words = [f"trainer.precision={precision}", "checkpoint.every_n_steps=2"]
+    trials = {name: TRIALS[name] for name in ("plain", "dropped", "windows")}
+    assert together(tmp_path / "together", trials, *words) == 0
+    for name, config in configs(tmp_path / "alone", trials, *words).items():
+        train(config)
+        assert compared_rows(tmp_path / "together" / name) == compared_rows(tmp_path / "alone" / name)
+        found, expected = (
+            (tmp_path / way / name / "adapter" / "adapter_model.safetensors").read_bytes()
+            for way in ("together", "alone")
+        )
+        assert found == expected
 
 
 def test_run_that_diverges_or_is_wrong_leaves_the_others_alone(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -9,9 +9,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cstdio>
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <utility>
 
@@ -92,9 +95,14 @@ class Heap {
     return true;
   }
 
+  // Tensors are freed where nothing may be thrown: at the end of memory the hole is lost.
   void keep(char* place, size_t size) {
-    by_place_.emplace(place, size);
-    by_size_.emplace(size, place);
+    try {
+      by_place_.emplace(place, size);
+      by_size_.emplace(size, place);
+    } catch (const std::bad_alloc&) {
+      by_place_.erase(place);
+    }
   }
 
   void drop(Holes::iterator hole) {
@@ -117,6 +125,7 @@ Heap& heap() {
 struct TensorHeap final : c10::Allocator {
   c10::Allocator* other = nullptr;
   size_t smallest = 0, largest_kept = 0;
+  std::atomic_flag said = ATOMIC_FLAG_INIT;
 
   c10::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
@@ -127,6 +136,8 @@ struct TensorHeap final : c10::Allocator {
       data = place + UNIT;
       c10::profiledCPUMemoryReporter().New(data, bytes);
     } else {
+      if (bytes >= smallest && !said.test_and_set())
+        std::fputs("tensors lie in the C library's heap from here on: the system gives theirs no more memory\n", stderr);
       data = other->raw_allocate(bytes);
     }
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
@@ -143,8 +154,8 @@ struct TensorHeap final : c10::Allocator {
 TensorHeap* own = nullptr;
 
 void TensorHeap::release(void* data) {
+  if (!heap().has(static_cast<char*>(data))) return own->other->raw_deallocate(data);
   char* place = static_cast<char*>(data) - UNIT;
-  if (!heap().has(place)) return own->other->raw_deallocate(data);
   c10::profiledCPUMemoryReporter().Delete(data);
   size_t size = *reinterpret_cast<size_t*>(place);
   if (size > own->largest_kept) {  // its whole pages go back to the system
