@@ -31,6 +31,7 @@ from lightning_peft.commands.adapted import (
 from lightning_peft.commands.merge import logits_of_base, sample_ids
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
+from lightning_peft.models.gguf_metadata import check_written
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.quantization.weights import computing_dtype
@@ -156,7 +157,8 @@ def checked(config: ExportConfig) -> ExportedRun:
             f"dtype={config.dtype} base_name={config.base_name}: an adapter alone is fp32; leave dtype out"
         )
     if merged:
-        gguf_model.check_family(str(model_config(base).model_type))
+        text = model_config(base).get_text_config()
+        check_written(text, text.tie_word_embeddings)
     rank = 0 if merged else config.svd_rank or largest_rank(adapter)
     refuse_wrong_engines(config.engine, features, rank, format)
     name = ""

@@ -82,8 +82,7 @@ def refusals() -> dict[tuple[str, str], list[str]]:
     for name, family in families().items():
         for check, cell in family.cells.items():
             if cell not in (OK, NOT_APPLICABLE, NOT_TRIED):
-                said = re.sub(
-                    r"\w+For(CausalLM|\w+Generation)|\w+LMHeadModel", "the model", cell.replace(name, "the family")
-                )
+                said = re.sub(rf"\b{re.escape(name)}\b", "the family", cell)
+                said = re.sub(r"\w+For(CausalLM|\w+Generation)|\w+LMHeadModel", "the model", said)
                 found.setdefault((check, said), []).append(name)
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_families import BLOCKS_OF_27B, FAMILIES, score_width
 
 SAME_AS: dict[str, tuple[str, ...]] = {
     "attention.head_count": ("num_attention_heads",),
@@ -29,6 +30,11 @@ SAME_AS: dict[str, tuple[str, ...]] = {
     "expert_weights_scale": ("routed_scaling_factor",),
     "leading_dense_block_count": ("first_k_dense_replace",),
     "shortconv.l_cache": ("conv_L_cache",),
+    "attention.clamp_kqv": ("clip_qkv",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
 }
 """Field: the options of a configuration that may hold it; one of them must."""
 OF_SIZES = (
@@ -46,9 +52,6 @@ OF_ROPE = (
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 )  # fmt: skip
 """Fields that `rope_parameters` makes its own of."""
-
-BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Blocks by which llama.cpp knows the sizes whose scores are not divided by the root of a head's width."""
 
 
 def check_fields(file: GGUFFile, config: PreTrainedConfig) -> None:
@@ -77,11 +80,10 @@ def check_fields(file: GGUFFile, config: PreTrainedConfig) -> None:
 def _check_scores(file: GGUFFile, text: Any) -> None:
     """Raise ValueError where Gemma's scores are divided by another number than llama.cpp's, which no field says."""
     scalar = getattr(text, "query_pre_attn_scalar", None)
-    blocks = BLOCKS_OF_27B.get(architecture := str(file.fields["general.architecture"]))
-    if scalar is None or blocks is None:
+    architecture = str(file.fields["general.architecture"])
+    if scalar is None or architecture not in BLOCKS_OF_27B:
         return
-    is_27b = file.fields.get(f"{architecture}.block_count") == blocks
-    right = text.hidden_size // text.num_attention_heads if is_27b else text.head_dim
+    right = score_width(architecture, text)
     if scalar != right:
         raise ValueError(
             f"model.path={file.path}: its scores are divided by the root of {right}, and of {scalar} for transformers; "
@@ -101,6 +103,10 @@ def _expected(field: str, text: Any) -> list[Any] | None:
             (part["partial_rotary_factor"] for part in parts if part.get("partial_rotary_factor")), 1.0
         )
         return [int(width * share) for width in widths]
+    if field in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        return [part["attention_factor"] for part in parts if part.get("attention_factor")]
+    if text.model_type in FAMILIES and field in (constants := FAMILIES[text.model_type].constants):
+        return [constants[field]]
     if field == "attention.sliding_window_pattern":
         return [[kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or []]]
     if field not in SAME_AS:

@@ -30,15 +30,15 @@ from lightning_peft.models.forwards import (
     keep_weights_in_evaluation,
     name_outputs,
 )
+from lightning_peft.models.gguf_config import gguf_config
 from lightning_peft.models.gguf_conversion import (
     GGUFSource,
     check_has_places,
     check_read,
-    gguf_config,
-    gguf_tokenizer,
     is_known,
     open_model,
 )
+from lightning_peft.models.gguf_vocabulary import gguf_tokenizer
 from lightning_peft.models.low_bit_source import (
     LowBitSource,
     Names,

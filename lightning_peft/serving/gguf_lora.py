@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_names import GGUFNames
 from lightning_peft.serving.gguf_model import instead_of_pairs
-from lightning_peft.serving.gguf_names import GGUFNames
 from lightning_peft.serving.plain import FactorPairs, is_embedding
 
 FILE_NAME = "adapter.gguf"
@@ -36,7 +36,7 @@ def write_gguf_lora(pairs: FactorPairs, model: PreTrainedModel, path: Path, name
     """Write pairs of layers of `model` to a GGUF file, fp32; alpha is the rank, as the scaling is in B."""
     from gguf import GGUFWriter  # only GGUF files need the package
 
-    names = GGUFNames(model)
+    names = GGUFNames(model.config)
     rank = len(next(iter(pairs.values()))[0])
     writer = GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
@@ -55,7 +55,7 @@ def write_gguf_lora(pairs: FactorPairs, model: PreTrainedModel, path: Path, name
 
 def read_gguf_lora(path: Path, model: PreTrainedModel, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the pairs of a file for these layers of `model`, the scaling in B. Raises ValueError for other tensors."""
-    file, names = GGUFFile(path), GGUFNames(model)
+    file, names = GGUFFile(path), GGUFNames(model.config)
     found = {}
     for layer in layers:
         stored = names.of(f"{layer}.weight")

@@ -1,7 +1,8 @@
 """A whole model as a GGUF file: weights, and the metadata that llama.cpp and Ollama run it by."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import open_gguf
-from lightning_peft.models.gguf_conversion import ARCHITECTURES, ROPE_FACTORS
-from lightning_peft.serving.gguf_names import GGUFNames
-from lightning_peft.serving.gguf_tokenizer import GGUFModelError, add_tokenizer
+from lightning_peft.models.gguf_conversion import OF_POSITIONS
+from lightning_peft.models.gguf_families import FAMILIES, GGUFModelError
+from lightning_peft.models.gguf_metadata import SLIDING, check_written, fields_of, position_tensors, ropes
+from lightning_peft.models.gguf_names import GGUFNames
+from lightning_peft.serving.gguf_tokenizer import add_tokenizer, name_for
 from lightning_peft.serving.prompt import template_as_trained
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,10 @@ FILE_NAME = "model.gguf"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
 """Values of `dtype=`, in llama.cpp's words; vectors are fp32 always."""
 FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+ALWAYS_FP32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""Ends of matrices that are fp32 always: norms of heads, and routers."""
+WITHOUT_KINDS = ("mistral", "mixtral", "qwen3_moe", "phi3", "starcoder2")
+"""Model types that have one window in all layers."""
 STOPS = ("eos", "eot", "eom")
 """Names of the tokens at which llama.cpp ends an answer: of a sequence, of a turn, of a message."""
 OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type",
@@ -33,21 +39,7 @@ OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.archi
 
 def instead_of_pairs(model_type: str) -> str:
     """Return the ways to write base and adapter in one, where pairs alone will not do."""
-    return "format=gguf, or `lightning-peft merge`" if is_known(model_type) else "`lightning-peft merge`"
-
-
-def is_known(model_type: str) -> bool:
-    return model_type in (*ARCHITECTURES.values(), "mistral")
-
-
-def check_family(model_type: str) -> None:
-    """Raise GGUFModelError for an architecture whose metadata is not known here."""
-    if not is_known(model_type):
-        raise GGUFModelError(
-            f"format=gguf: the metadata of {model_type} is not known here, only that of "
-            f"{', '.join((*ARCHITECTURES.values(), 'mistral'))}; `lightning-peft merge` and llama.cpp's "
-            "convert_hf_to_gguf.py do it"
-        )
+    return "format=gguf, or `lightning-peft merge`" if model_type in FAMILIES else "`lightning-peft merge`"
 
 
 def write_gguf_model(
@@ -66,13 +58,11 @@ def write_gguf_model(
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
 
-    check_family(str(model.config.model_type))
-    if (window := attention_window(model)) is not None:
-        logger.warning(
-            "%s: this model attends to the last %d tokens, llama.cpp to all: answers to longer texts differ",
-            path.name, window,
-        )  # fmt: skip
-    names = GGUFNames(model)
+    config = model.config.get_text_config()
+    check_written(config, is_tied(model))
+    for line in differences(model, config):
+        logger.warning("%s: %s", path.name, line)
+    names = GGUFNames(config)
     writer = GGUFWriter(path, names.architecture)
     writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(2)
@@ -81,63 +71,115 @@ def write_gguf_model(
         fields = open_gguf(base_file).fields
         named = {key: fields[place] for key in STOPS if (place := f"tokenizer.ggml.{key}_token_id") in fields}
     else:
-        writer.add_name(name)
-        add_architecture(writer, model)
+        writer.add_name(name_for(tokenizer, name))
+        add_fields(writer, fields_of(config))
         add_tokenizer(writer, tokenizer, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr,index]
         named = {} if tokenizer.eos_token_id is None else {"eos": tokenizer.eos_token_id}
     add_stops(writer, layout, named)
     if (template := template_as_trained(layout, tokenizer)) is not None:
         writer.add_chat_template(template)
 
-    def kind_of(tensor: Tensor) -> Any:
-        return GGMLQuantizationType.F32 if tensor.ndim == 1 else GGMLQuantizationType[DTYPES[dtype]]
+    def kind_of(stored: str, tensor: Tensor) -> Any:
+        is_matrix = tensor.ndim > 1 and stored.endswith(".weight") and not stored.endswith(ALWAYS_FP32)
+        return GGMLQuantizationType[DTYPES[dtype]] if is_matrix else GGMLQuantizationType.F32
 
-    found = dict(stored_tensors(model, names))
-    if base_file is not None and ROPE_FACTORS in (base := open_gguf(base_file)).tensors:
-        found[ROPE_FACTORS] = base.read(ROPE_FACTORS, torch.float32)
-    for stored, tensor in found.items():
-        if dtype == "q8_0" and tensor.ndim == 2 and tensor.shape[1] % 32:
+    places = places_of(model, names, base_file)
+    for stored, read in places.items():
+        tensor = read()
+        kind = kind_of(stored, tensor)
+        if kind is GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:
             raise GGUFModelError(
-                f"dtype=q8_0: {stored} has rows of {tensor.shape[1]}, not a multiple of 32; dtype=bf16"
+                f"dtype=q8_0: {stored} has rows of {tensor.shape[-1]}, not a multiple of 32; dtype=bf16"
             )
         # Sizes come first: the file is then written a tensor at a time.
-        data = quants.quantize(np.zeros((1, *tensor.shape[1:]), np.float32), kind_of(tensor))
-        shape = (tensor.shape[0], *data.shape[1:]) if tensor.ndim == 2 else tuple(tensor.shape)
+        data = quants.quantize(np.zeros((1, tensor.shape[-1]), np.float32), kind)
+        shape = (*tensor.shape[:-1], data.shape[-1])
         size = int(np.prod(shape)) * data.dtype.itemsize
-        plain = kind_of(tensor) is GGMLQuantizationType.F32
-        writer.add_tensor_info(stored, shape, data.dtype, size, None if plain else kind_of(tensor))
+        writer.add_tensor_info(stored, shape, data.dtype, size, None if kind is GGMLQuantizationType.F32 else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in found.values():
-        writer.write_tensor_data(quants.quantize(tensor.float().cpu().contiguous().numpy(), kind_of(tensor)))
+    for stored, read in places.items():
+        tensor = read()
+        writer.write_tensor_data(quants.quantize(tensor.float().cpu().contiguous().numpy(), kind_of(stored, tensor)))
     writer.close()
 
 
-def attention_window(model: PreTrainedModel) -> int | None:
-    """Return the tokens that a sliding window of the model reaches over; None where all layers attend to everything."""
-    config: Any = model.config
+def differences(model: PreTrainedModel, config: Any) -> list[str]:
+    """Return what a file lacks of a model whose text is of `config`, or llama.cpp computes otherwise, a line each."""
+    lines = []
+    if left := len(list(model.parameters())) - len(text_parameters(model)):
+        lines.append(
+            f"the file is of text alone: {left} weights of what sees or hears are left out, which llama.cpp has in a "
+            "file of their own (mmproj)"
+        )
+    if (window := attention_window(config)) is not None:
+        lines.append(
+            f"this model attends to the last {window} tokens, llama.cpp to all: answers to longer texts differ"
+        )
+    rope, _ = ropes(config)
+    if rope.get("rope_type") == "longrope":
+        lines.append(
+            "llama.cpp turns positions by the long factors wherever its context (-c) is longer than "
+            f"{config.original_max_position_embeddings} tokens, this model where the text is: keep -c below for short "
+            "texts"
+        )
+    if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
+        lines.append(
+            "llama.cpp rounds the bounds of YaRN, this model does not (truncate=false): logits differ a little"
+        )
+    return lines
+
+
+def attention_window(config: Any) -> int | None:
+    """Return the tokens that a window of the model reaches over and llama.cpp lacks; None where both see the same."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    # Mistral's layers have no kinds, and Llama's and Qwen's without kinds have no window.
-    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
-    return int(window) if window is not None and slides else None
+    if window is None or FAMILIES[config.model_type].period is not None:
+        return None
+    # Llama's and Qwen's layers without kinds have no window.
+    slides = SLIDING in kinds if kinds else config.model_type in WITHOUT_KINDS
+    return int(window) if slides else None
 
 
-def stored_tensors(model: PreTrainedModel, names: GGUFNames) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the file with its name: the parameters, a tied head's once, and Llama 3's frequencies."""
-    for name, parameter in model.named_parameters():
-        yield names.of(name), names.laid_out(name, parameter.detach())
-    rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "llama3":
-        width = head_dim(model)
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
-        plain = float(rope["rope_theta"]) ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-        yield ROPE_FACTORS, plain / scaled
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the head is the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
-def head_dim(model: PreTrainedModel) -> int:
-    config: Any = model.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def text_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the parameters that read and write text, by the names that they have in a model of text alone."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if model.config.get_text_config() is model.config:
+        return parameters
+    decoder = model.get_decoder()
+    (prefix,) = [name for name, part in model.named_modules() if part is decoder]
+    head = {name: each for name, each in parameters.items() if name.startswith("lm_head.")}
+    text = {name: each for name, each in parameters.items() if name.startswith(f"{prefix}.")}
+    return {f"model.{name.removeprefix(prefix + '.')}": each for name, each in text.items()} | head
+
+
+def places_of(model: PreTrainedModel, names: GGUFNames, base_file: Path | None) -> dict[str, Callable[[], Tensor]]:
+    """Return every tensor of the file by name, made when it is asked for.
+
+    They are the parameters, a tied head's once where the family allows it, and what says how positions are scaled.
+    """
+    parameters = text_parameters(model)
+    if names.family.head == "own" and is_tied(model):
+        parameters["lm_head.weight"] = parameters["model.embed_tokens.weight"]
+    places: dict[str, Callable[[], Tensor]] = {}
+    for name, parameter in parameters.items():
+        for stored in names.sources(name):
+            places[stored] = partial(_part, names, name, parameter.detach(), stored)
+    of_positions = dict(position_tensors(model.config.get_text_config()))
+    if base_file is not None:
+        base = open_gguf(base_file)
+        of_positions |= {name: base.read(name, torch.float32) for name in OF_POSITIONS if name in base.tensors}
+    return places | {name: partial(torch.clone, tensor) for name, tensor in of_positions.items()}
+
+
+def _part(names: GGUFNames, name: str, parameter: Tensor, stored: str) -> Tensor:
+    return names.stored(name, parameter)[stored]
 
 
 def copy_metadata(writer: Any, base_file: Path, tokens: int) -> None:
@@ -159,48 +201,20 @@ def copy_metadata(writer: Any, base_file: Path, tokens: int) -> None:
             writer.add_key_value(key, value, kind)
 
 
-def add_architecture(writer: Any, model: PreTrainedModel) -> None:
-    """Add the sizes of a model, and how it encodes positions."""
-    from gguf import RopeScalingType
-
-    config: Any = model.config
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise GGUFModelError("format=gguf: llama.cpp's qwen3 has no attention_bias; use merge")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim(model))
-    writer.add_value_length(head_dim(model))
-    writer.add_rope_dimension_count(head_dim(model))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr,index]
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        if kind == "yarn":
-            add_yarn(writer, rope)
-    elif kind not in ("default", "llama3"):
-        raise GGUFModelError(f"format=gguf: positions scaled by {kind} are not written here; use merge")
-
-
-def add_yarn(writer: Any, rope: dict[str, Any]) -> None:
-    """Add what YaRN goes by. Raises GGUFModelError for what llama.cpp computes in its own way."""
-    own = {key: rope[key] for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None}
-    if rope.get("truncate") is False:
-        own["truncate"] = False
-    if own:
-        shown = ", ".join(f"{key}={value}" for key, value in own.items())
-        raise GGUFModelError(f"format=gguf: positions scaled by yarn with {shown} are not written here; use merge")
-    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
-    for key in ("beta_fast", "beta_slow"):
-        if rope.get(key) is not None:
-            getattr(writer, f"add_rope_scaling_yarn_{key}")(float(rope[key]))
+def add_fields(writer: Any, fields: Mapping[str, Any]) -> None:
+    """Add the fields of an architecture, each in the type that its value has."""
+    for key, value in fields.items():
+        name = f"{writer.arch}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_array(name, value)
 
 
 def add_stops(writer: Any, layout: PromptLayout, named: Mapping[str, int]) -> None:

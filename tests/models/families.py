@@ -122,6 +122,44 @@ OPTIONS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 """Options that a family's configuration needs beside the sizes."""
 
+SLIDES, FULL = "sliding_attention", "full_attention"
+LINEAR_GLOBALLY = {
+    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, SLIDES: {"rope_type": "default", "rope_theta": 1e4}
+}  # fmt: skip
+OF_GGUF: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "qwen3_moe": {"use_sliding_window": False, "norm_topk_prob": True},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16, "num_hidden_layers": 7, "layer_types": [*[SLIDES] * 5, FULL, SLIDES],
+        "rope_parameters": LINEAR_GLOBALLY,
+    },
+    "phi3": {"sliding_window": None},
+    "smollm3": {"num_hidden_layers": 5, "use_sliding_window": False},
+    "granite": {
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+    },
+    "olmo": {"clip_qkv": 0.5},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 16,
+        },
+    },
+    "cohere2": {"rotary_pct": 1.0, "num_hidden_layers": 4, "layer_types": [SLIDES, SLIDES, SLIDES, FULL]},
+    "starcoder2": {"sliding_window": None},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen2_moe": {"use_sliding_window": False},
+    "granitemoe": {
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+    },
+    "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
+}  # fmt: skip
+"""Options with which llama.cpp computes a small model of a family as transformers does, each of its parts at work."""
+
 
 def _takes(config: object, name: str) -> bool:
     try:

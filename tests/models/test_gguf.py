@@ -15,7 +15,6 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Lfm2Config, PreTrainedModel
 
 from lightning_peft.models.gguf import open_gguf
-from lightning_peft.models.gguf_conversion import parameter_name
 from lightning_peft.models.gguf_fields import check_fields
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import ModelConfig, locate
@@ -124,13 +123,6 @@ def test_a_tensor_that_transformers_would_draw_at_random_is_refused(tmp_path: Pa
     write_gpt2(tmp_path / "m.gguf", small_gpt2(), lacking="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match="lacks 1 weights of GPT2LMHeadModel, such as transformer.h.1.mlp.c_fc"):
         loaded(tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize(
-    "name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "token_embd", "blk.x.attn_q.weight"]
-)
-def test_tensors_of_other_families_have_no_parameter(name: str) -> None:
-    assert parameter_name(name) is None
 
 
 @pytest.mark.parametrize(
@@ -321,7 +313,7 @@ def test_biases_of_qwen3_are_read(tmp_path: Path) -> None:
 def test_a_tensor_without_a_place_is_refused(family: str, tensor: str, tmp_path: Path) -> None:
     more = {tensor.replace(".", "__"): np.ones(64, np.float32)}
     write_gguf(tmp_path / "m.gguf", small_model(family), GGMLQuantizationType.F32, **more)
-    with pytest.raises(ValueError, match=f"no place for 1 of its tensors, such as {tensor}: use"):
+    with pytest.raises(ValueError, match=f"(no place for|not read) 1 of its tensors, such as {tensor}: use"):
         loaded(tmp_path / "m.gguf")
 
 
@@ -442,7 +434,7 @@ def test_a_file_that_is_no_model_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_family_that_transformers_does_not_read_is_one_sentence(tmp_path: Path) -> None:
-    writer = GGUFWriter(tmp_path / "m.gguf", "smollm3")
+    writer = GGUFWriter(tmp_path / "m.gguf", "plamo2")
     writer.add_block_count(2)
     writer.add_tensor("token_embd.weight", np.ones((96, 64), np.float32))
     writer.write_header_to_file()

@@ -11,9 +11,11 @@ from llama_cpp import Llama
 
 request = json.load(sys.stdin)
 asks_scores = "scores" in request
+exact = {"type_k": 0, "type_v": 0} if asks_scores else {}  # a cache in fp32
 model = Llama(
-    request["model"], lora_path=request.get("adapter"), n_ctx=1024, n_threads=1, verbose=False, logits_all=asks_scores
-)
+    request["model"], lora_path=request.get("adapter"), n_ctx=1024, n_threads=1, verbose=False, logits_all=asks_scores,
+    **exact,
+)  # fmt: skip
 if "texts" in request:
     said = [model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]]
 elif asks_scores:

@@ -23,7 +23,7 @@ from families import small_model  # noqa: E402
 from lightning_peft.adapters.inject import inject_adapters  # noqa: E402
 from lightning_peft.adapters.lora import LoRAConfig  # noqa: E402
 from lightning_peft.models.gguf import GGUFFile  # noqa: E402
-from lightning_peft.serving.gguf_names import FAMILIES  # noqa: E402
+from lightning_peft.models.gguf_families import FAMILIES  # noqa: E402
 from lightning_peft.serving.plain import write_plain  # noqa: E402
 
 FIXTURE = Path(__file__).with_name("llama_cpp_lora.json")

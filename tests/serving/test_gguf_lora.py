@@ -11,8 +11,9 @@ from llama_cpp_fixture import FIXTURE, content, model_and_pairs
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.models.gguf_families import FAMILIES
+from lightning_peft.models.gguf_names import GGUFNames
 from lightning_peft.serving.gguf_lora import check_pairs, read_gguf_lora, write_gguf_lora
-from lightning_peft.serving.gguf_names import FAMILIES, GGUFNames
 from lightning_peft.serving.plain import inject_pairs, plain_pairs
 
 
@@ -37,7 +38,7 @@ def test_another_tensor_in_the_file_is_an_error(tmp_path: Path) -> None:
 
 def test_unknown_family_is_named() -> None:
     with pytest.raises(ValueError, match="llama.cpp's layout of gpt_neox is not known here; these are: llama"):
-        GGUFNames(small_model("gpt_neox"))
+        GGUFNames(small_model("gpt_neox").config)
 
 
 def test_tied_head_and_embedding_are_refused() -> None:

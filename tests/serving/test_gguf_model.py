@@ -1,6 +1,7 @@
 """Whole models as GGUF files: read back with equal logits, and with all that llama.cpp runs them by."""
 
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import pytest
 import torch
 from families import small_model
 from pieces import TEXTS, pieces_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_families import GGUFModelError, check_family
+from lightning_peft.models.gguf_vocabulary import GPT_4O, LLAMA_3
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.serving.gguf_model import check_family, write_gguf_model
-from lightning_peft.serving.gguf_tokenizer import GGUFModelError, split_name
+from lightning_peft.serving.gguf_model import write_gguf_model
+from lightning_peft.serving.gguf_tokenizer import name_for, scores_of, split_name
 
 IDS = torch.arange(3, 35)[None]
 LAYOUT = PromptLayout(system_prompt='Say "yes".', stop_token_ids=[2])
@@ -98,8 +102,8 @@ def test_every_place_of_a_stop_token_is_used(from_file: bool, tmp_path: Path, ca
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(GGUFModelError, match="the metadata of gemma2 is not known here, only that of llama, qwen2"):
-        check_family("gemma2")
+    with pytest.raises(GGUFModelError, match="the metadata of rwkv is not known here, only that of llama, mistral"):
+        check_family("rwkv")
     model = small_model("llama", hidden_size=48, num_attention_heads=3, num_key_value_heads=3, vocab_size=320)
     with pytest.raises(GGUFModelError, match="dtype=q8_0: token_embd.weight has rows of 48, not a multiple of 32"):
         written(model, tmp_path, "q8_0")
@@ -110,6 +114,8 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     [
         ([{"type": "ByteLevel", "use_regex": True}], "gpt-2"),
         ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, {"type": "ByteLevel"}], "dbrx"),
+        ([{"type": "Split", "pattern": {"Regex": GPT_4O}}, {"type": "ByteLevel"}], "gpt-4o"),
         ([{"type": "Whitespace"}, {"type": "ByteLevel"}], None),
     ],
 )
@@ -121,6 +127,46 @@ def test_split_of_a_tokenizer_is_told(parts: list[dict[str, object]], name: str 
     else:
         with pytest.raises(GGUFModelError, match="this tokenizer is none of those written here"):
             split_name(content)
+
+
+@pytest.mark.parametrize(("normalizer", "is_known"), [("NFC", True), ("Lowercase", False)])
+def test_what_a_tokenizer_does_to_a_text_before_is_said(
+    normalizer: str, is_known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, splitter = {"type": "BPE", "merges": [["a", "b"]]}, {"type": "ByteLevel", "use_regex": True}
+    content = {"model": model, "pre_tokenizer": splitter, "normalizer": {"type": normalizer}}
+    with nullcontext() if is_known else pytest.raises(GGUFModelError, match="is none of those"):
+        assert split_name(content) == "gpt-2"
+        assert "composes letters (NFC) and llama.cpp does not" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("regex", "rules", "name"),
+    [(LLAMA_3, [["a", "b"]], "llama-bpe"), (GPT_4O, [["a", "b"], ["ab", "c"]], "gpt-4o"), (GPT_4O, [["a", "b"]], None)],
+)
+def test_a_word_that_is_a_token_stays_one_or_comes_of_the_rules(regex: str, rules: list[list[str]], name: str) -> None:
+    vocabulary = {piece: number for number, piece in enumerate(["a", "b", "c", "ab", "abc"])}
+    content = {
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": rules, "ignore_merges": True},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}],
+        },
+    }
+    with pytest.raises(GGUFModelError, match="is none of those") if name is None else nullcontext():
+        assert split_name(content) == name
+
+
+def test_tokens_that_take_blanks_are_named_or_said(caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp knows Phi-3's by the model's name alone."""
+    tokenizer = tiny_tokenizer()
+    assert name_for(tokenizer, "run") == "run" and not caplog.text
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True)])
+    assert name_for(tokenizer, "run") == "run"
+    assert "1 tokens take the blanks around them, such as <|end|>: llama.cpp leaves those in the text" in caplog.text
+    phi = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab={"a": 0}, merges=[])))
+    phi.add_tokens([AddedToken("<s>"), AddedToken("<|user|>", rstrip=True), AddedToken("</s>", rstrip=True)])
+    assert name_for(phi, "run") == "phi-3 run"
 
 
 def merged_by_scores(text: str, tokens: list[str], scores: list[float], kinds: list[int]) -> list[int]:
@@ -152,15 +198,31 @@ def test_a_tokenizer_of_pieces_is_written_with_their_scores(tmp_path: Path) -> N
         assert merged_by_scores(text, tokens, scores, kinds) == (expected or [tokens.index("▁")])
 
 
-def test_pieces_in_another_order_than_their_rules_are_refused(tmp_path: Path) -> None:
+def test_scores_follow_the_rules_where_pieces_stand_in_another_order(tmp_path: Path) -> None:
     tokenizer = pieces_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["merges"] = content["model"]["merges"][::-1]
     turned = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    model, path = small_model("llama", vocab_size=len(tokenizer)), tmp_path / "m.gguf"
+    write_gguf_model(model, turned, PromptLayout(), path, "fp32", None, "m")
+    fields = GGUFFile(path).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    assert any(turned(text)["input_ids"] != tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS)
+    for text in TEXTS:
+        assert merged_by_scores(text, tokens, scores, kinds) == turned(text)["input_ids"]
+
+
+def test_a_piece_whose_rules_stand_apart_is_refused() -> None:
+    vocabulary = {piece: number for number, piece in enumerate(["a", "b", "c", "ab", "abc", "bc"])}
+    merges = [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]
+    content = {
+        "model": {"vocab": vocabulary, "merges": merges}, "pre_tokenizer": None,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    }  # fmt: skip
     with pytest.raises(GGUFModelError, match="is not SentencePiece's BPE as in Llama 2"):
-        write_gguf_model(
-            small_model("llama", vocab_size=len(tokenizer)), turned, PromptLayout(), tmp_path / "m", "fp32", None, "m"
-        )
+        scores_of(content, [1] * 6)
+    content["model"]["merges"] = merges[:3]
+    assert scores_of(content, [1] * 6) == [-3.0, -4.0, -5.0, 0.0, -1.0, -2.0]
 
 
 def test_added_tokens_do_not_fit_a_base_file(tmp_path: Path) -> None:

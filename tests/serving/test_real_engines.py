@@ -9,8 +9,9 @@ import pytest
 import torch
 from adapter_models import config_for, perturb
 from families import small_model
+from llama_cpp_models import CASES, case_model
 from peft import LoraConfig, get_peft_model
-from pieces import TEXTS, pieces_tokenizer
+from pieces import ALSO, TEXTS, bytes_tokenizer, pieces_tokenizer
 from server_process import save
 
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
@@ -21,6 +22,7 @@ from lightning_peft.compose import compose_config
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.gguf_vocabulary import PRE_TOKENIZERS
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -195,11 +197,29 @@ def test_llama_cpp_computes_biases_that_only_the_adapter_has(tmp_path: Path) -> 
     assert (torch.tensor(found[0]) - expected).abs().max() < 0.01 * (without - expected).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["pieces", "bytes"])
+@pytest.mark.parametrize("kind", ["pieces", "bytes", *PRE_TOKENIZERS])
 def test_llama_cpp_reads_texts_as_the_tokenizer_does(kind: str, tmp_path: Path) -> None:
-    tokenizer = pieces_tokenizer() if kind == "pieces" else tiny_tokenizer()
+    made = {"pieces": pieces_tokenizer, "bytes": tiny_tokenizer}
+    tokenizer = made[kind]() if kind in made else bytes_tokenizer(kind)
     model = small_model("llama", vocab_size=len(tokenizer))
     write_gguf_model(model, tokenizer, PromptLayout(stop_token_ids=[2]), tmp_path / "m.gguf", "fp32", None, "m")
-    texts = [*TEXTS, "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
+    texts = [*TEXTS, ALSO[0], ALSO[2], "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
     found = json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), {"model": str(tmp_path / "m.gguf"), "texts": texts}))
     assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_every_family(case: str, tmp_path: Path) -> None:
+    """Its scores are ours, and so is the token that it would say; its GELU is looked up in fp16."""
+    model, prompt = case_model(case), [(37 * number + 5) % 300 for number in range(48)]
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), tmp_path / "m.gguf", "fp32", None, "m")
+    request = {"model": str(tmp_path / "m.gguf"), "scores": [prompt]}
+    (theirs,) = torch.tensor(json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), request)))
+    with torch.no_grad():
+        ours = model(torch.tensor([prompt])).logits[0, -1]
+    bound = 1e-3 if "gelu" in activation_of(model.config) else 1e-4
+    assert (theirs - ours).abs().max() < bound * ours.abs().max() and theirs.argmax() == ours.argmax()
+
+
+def activation_of(config) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
