@@ -37,6 +37,7 @@ module, _, name = sys.argv[sys.argv.index("--middleware") + 1].rpartition(".")
 front = getattr(importlib.import_module(module), name)(None)
 names = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY")
 said = {"pid": os.getpid(), "words": sys.argv[1:], "names": front.names(), "is": {n: os.environ.get(n) for n in names}}
+said["files"] = [sys.modules[name].__file__ for name in sys.modules if name.startswith("lightning_peft")]
 front.links.cleanup()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 print(json.dumps(said), flush=True)
@@ -240,18 +241,24 @@ def test_a_folder_called_vllm_is_no_vllm(tmp_path):
 
 
 def test_the_process_becomes_vllm_with_the_base_and_plain_adapters(place, tmp_path, monkeypatch):
-    """Its pid, its signals and its exit status are vLLM's; what it is handed is written first."""
+    """Its pid, its signals and its exit status are vLLM's; what it is handed is written first.
+
+    It is started in the folder of our sources, of which it imports nothing.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", "of the shell")
     given = [*words(place, "a", "adalora"), f"adapter_dir={place / 'dir'}"]
     process = Started(
-        [*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+        [*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        cwd=Path(serve_command.__file__).parents[2],
+    )  # fmt: skip
     try:
         lines = iter(process.stdout.readline, "")
         said = json.loads(next(line for line in lines if line.startswith("{")))
         assert said["pid"] == process.pid
         assert said["names"] == ["tiny", "a", "adalora", "c"]
+        assert len(said["files"]) == 4
+        assert all(Path(file).is_relative_to(tmp_path) for file in said["files"])
         assert said["is"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": None}
         base = ModelConfig("hf", value(said["words"], "--model"))
         assert {path.name for path in Path(base.path).iterdir()} >= {
