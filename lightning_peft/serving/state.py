@@ -102,6 +102,8 @@ class Serving:
         if layout.kind != "chat":
             if len(messages) != 1 or messages[0].role != "user":
                 raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
+            if tools:
+                raise ApiError(400, "tools: this adapter was trained on text without turns, which has no place for them")
             return self.laid_out(layout, layout.conversation(messages[0].content))
         return self.laid_out(layout, layout.going_on(messages, tools or None))
 

@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
-    for name in ("copy", "layout", "nan", "huge", "lineage", "tools"):
+    for name in ("copy", "layout", "nan", "huge", "lineage", "tools", "raw"):
         shutil.copytree(place / "a", folder / name)
     (folder / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (folder / "lineage" / "lineage.json").write_text("[]")
@@ -47,6 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({name: value * 1e30 for name, value in load_file(weights).items()}, weights)
     (folder / "huge" / "lineage.json").unlink()
     PromptLayout(template=WITH_TOOLS, stop_token_ids=[2]).save(folder / "tools")
+    PromptLayout(kind="raw", stop_token_ids=[2]).save(folder / "raw")
     (folder / "link").symlink_to(place / "a")
     return place
 
@@ -323,6 +324,14 @@ def test_calls_of_tools_stand_in_the_prompt(client: openai.OpenAI) -> None:
     told = client.completions.create(model="tools", prompt=text, max_tokens=3)
     assert answer.choices[0].message.content == told.choices[0].text
     assert answer.usage == told.usage
+
+
+def test_tools_have_no_place_in_text_without_turns(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    body = {"model": "raw", "messages": HI, "tools": tools, "tool_choice": "none"}
+    response = post(client, "chat/completions", body)
+    assert (response.status_code, "no place for them" in line(response)) == (400, True)
+    assert post(client, "chat/completions", body | {"tools": [], "max_tokens": 2}).status_code == 200
 
 
 def test_bodies_have_a_size(client: openai.OpenAI) -> None:
