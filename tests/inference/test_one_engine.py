@@ -99,7 +99,7 @@ class Served:
         self.layout = self.serving.layouts[folder] = layout
 
     def prompt(self, messages) -> list[int]:
-        return self.serving.chat_prompt(self.folder, [Turn(role=m.role, content=m.content) for m in messages])
+        return self.serving.chat_prompt(self.folder, [Turn(role=m.role, content=m.content) for m in messages], [])
 
     def answers(self, prompts, samplings) -> list[str]:
         ends = frozenset({*self.serving.base_layout.stop_token_ids, *self.layout.stop_token_ids})
