@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 from adapter_models import config_for
+from damaged_adapters import OTHER_TYPES, with_lineage
 from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
 
@@ -187,6 +188,16 @@ def test_an_adapter_whose_scores_are_not_finite_fails_alone(client: openai.OpenA
         assert response.status_code == 400
         assert line(response) == "the scores of the next token are not finite, so there is no answer"
         assert other.result()
+
+
+@pytest.mark.parametrize(("change", "says"), [*OTHER_TYPES, (None, "maximum recursion depth")], ids=str)
+def test_a_lineage_that_is_none_is_named(
+    client: openai.OpenAI, place: Path, tmp_path: Path, change: dict[str, Any] | None, says: str
+) -> None:
+    with_lineage(place / "a", place / "dir" / tmp_path.name, change)
+    response = post(client, "chat/completions", {"model": tmp_path.name, "messages": HI})
+    shutil.rmtree(place / "dir" / tmp_path.name)
+    assert (response.status_code, says in line(response)) == (400, True)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-20])
