@@ -61,6 +61,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = place / "nan" / "adapter_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(weights).items()}, weights)
     (place / "nan" / "lineage.json").unlink()
+    shutil.copytree(place / "a", place / "layout")
+    (place / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (place / "dir").mkdir()
     shutil.copytree(place / "a", place / "dir" / "c")
     for package in ("vllm", "vllm/entrypoints", "vllm/entrypoints/openai"):
@@ -195,6 +197,7 @@ def test_a_start_that_hf_peft_repeats_becomes_a_part_of_the_change(place, capsys
         ("norms", "vLLM refuses it (trained modules): it reads no modules_to_save; serve.engine=embedded"),
         ("foreign", "this adapter was trained on tiny_tied"),
         ("nan", "has numbers that are not finite"),
+        ("layout", "prompt_layout.json: not a prompt layout (system_prompt=3 is of another type)"),
     ],
 )
 def test_what_vllm_would_refuse_or_get_wrong_is_refused_before_it_starts(place, capsys, name, says):
