@@ -7,12 +7,19 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "lineage.json"
 PACKAGES = ("lightning-peft", "torch", "lightning", "transformers", "bitsandbytes", "safetensors")
+
+
+KINDS: dict[str, type | UnionType] = {
+    "base_fingerprint": str, "base_name": str | None, "quantization": str, "precision": str | None, "config": dict,
+}  # fmt: skip
+"""Types of values that are read where an adapter is loaded."""
 
 
 class LineageError(ValueError):
@@ -82,12 +89,15 @@ def read_lineage(folder: Path) -> Lineage | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LineageError(f"{path}: not JSON ({error}); delete it to load the adapter without its lineage") from error
     known = {f.name for f in fields(Lineage)}
     missing = {"base_fingerprint", "base_name"} - (values.keys() if isinstance(values, dict) else set())
     if missing:
         raise LineageError(f"{path}: lacks {', '.join(sorted(missing))}; delete it to load without lineage")
+    for name, kind in KINDS.items():
+        if name in values and not isinstance(values[name], kind):
+            raise LineageError(f"{path}: {name}={values[name]!r} is of another type; delete it to load without lineage")
     return Lineage(**{key: value for key, value in values.items() if key in known})
 
 

@@ -149,7 +149,7 @@ def read_words(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{folder}: not an adapter folder, it has no {CONFIG_NAME}")
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(words, dict) or "peft_type" not in words:
         raise AdapterFileError(f"{path}: names no peft_type, so it is not the config of an adapter")

@@ -31,7 +31,7 @@ from lightning_peft.models.loading import empty_model, load_model, load_tokenize
 from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.runs.lock import only_writer
-from lightning_peft.serving.adapter_checks import Settings, check_adapter, check_name, remarks
+from lightning_peft.serving.adapter_checks import Settings, check_adapter, check_name, read_layout, remarks
 from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.vllm import (
@@ -112,6 +112,7 @@ def serve_by_vllm(
         if not adapter.becomes_plain:
             check_adapter(adapter.folder, settings)
             check_finite_factors(adapter.folder, dtype)
+        read_layout(adapter.folder)  # the middleware reads it once vLLM has loaded the base
         for line in remarks(adapter.folder, settings):
             logger.warning("%s", line)
     base = base_for_vllm(served, dtype)

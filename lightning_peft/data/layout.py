@@ -69,7 +69,7 @@ class PromptLayout:
             layout = cls(**json.loads(path.read_text(encoding="utf-8")))
             layout.check_types()
             return layout
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a prompt layout ({error})") from error
 
     def check_types(self) -> None:

@@ -29,6 +29,8 @@ FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.we
 KINDS_OF_LAYOUT = {
     "kind": str, "system_prompt": str, "template": str, "template_options": dict, "tools": list, "stop_token_ids": list,
 }  # fmt: skip
+KINDS_OF_LINEAGE = {"base_fingerprint": str, "base_name": str, "precision": str, "quantization": str, "config": dict}
+KINDS_OF_MODEL = {"rope_scaling": dict, "new_tokens": list}
 EXPONENTS = {"F64": (8, 0x7F, 0xF0), "F32": (4, 0x7F, 0x80), "BF16": (2, 0x7F, 0x80), "F16": (2, 0x7C, 0x00)}
 """dtype in a safetensors file -> bytes of a number, and the bits of its last byte and of the one before that are all
 set where it is not finite."""
@@ -103,7 +105,7 @@ def check_name(name: str, base_name: str) -> None:
 
 def check_adapter(folder: Path, settings: Settings) -> int:
     """Return the rank of an adapter. Raises ValueError for one that vLLM would refuse, or answer as the base with."""
-    words, lineage = read_json(folder / CONFIG), read_json(folder / LINEAGE)
+    words, lineage = read_json(folder / CONFIG), read_lineage(folder)
     if words is None:
         raise ValueError(f"{folder}: not an adapter folder, {CONFIG} is missing")
     check_words(folder, words, settings)
@@ -173,6 +175,7 @@ def check_same_model(
     model, remedy = trained.get("model") if isinstance(trained, dict) else None, "give it a server of its own"
     if not isinstance(model, dict) or not model:
         return
+    check_kinds(f"{words}: no config of a model in its {LINEAGE}", model, KINDS_OF_MODEL)
     scalings = [
         {key: value for key, value in (each or {}).items() if value is not None}
         for each in (model.get("rope_scaling"), rope_scaling)
@@ -195,7 +198,7 @@ def other_precision(folder: Path, trained: str | None, dtype: str, dtypes: Mappi
 
 def remarks(folder: Path, settings: Settings) -> list[str]:
     """Return a line for each way in which vLLM computes an adapter otherwise than it was trained."""
-    lineage = read_json(folder / LINEAGE) or {}
+    lineage = read_lineage(folder) or {}
     found = [other_precision(folder, lineage.get("precision"), settings.dtype, settings.dtypes)]
     if (kind := lineage.get("quantization", "none")) != "none":
         found.append(f"{folder}: was trained on a base with quantization.kind={kind}, vLLM has it dense")
@@ -245,7 +248,7 @@ def tensors_in(path: Path, content: bytes) -> dict[str, StoredTensor]:
             for name, entry in header.items()
         }
         end = max(tensor.end for tensor in found.values())
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: is no safetensors file, or a damaged one") from error
     if len(content) != end:
         raise ValueError(f"{path}: is damaged: {len(content)} bytes, and {end} would be whole")
@@ -271,13 +274,23 @@ SETS = {mask: bytes(byte & mask == mask for byte in range(256)) for _, *bits in 
 
 def read_layout(folder: Path) -> dict[str, Any] | None:
     """Return the prompts of an adapter, None where its folder does not say. Raises ValueError."""
-    path = folder / LAYOUT
-    if (layout := read_json(path)) is None:
-        return None
-    for key, kind in KINDS_OF_LAYOUT.items():
-        if layout.get(key) is not None and not isinstance(layout[key], kind):
-            raise ValueError(f"{path}: not a prompt layout ({key}={layout[key]!r} is of another type)")
+    layout = read_json(folder / LAYOUT)
+    check_kinds(f"{folder / LAYOUT}: not a prompt layout", layout or {}, KINDS_OF_LAYOUT)
     return layout
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """Return the origin of an adapter, None where its folder does not say. Raises ValueError."""
+    lineage = read_json(folder / LINEAGE)
+    check_kinds(f"{folder / LINEAGE}: not a lineage", lineage or {}, KINDS_OF_LINEAGE)
+    return lineage
+
+
+def check_kinds(words: str, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise ValueError, which begins with `words`, for a value of another type than its key has."""
+    for key, kind in kinds.items():
+        if found.get(key) is not None and not isinstance(found[key], kind):
+            raise ValueError(f"{words} ({key}={found[key]!r} is of another type)")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -286,7 +299,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is no JSON object")

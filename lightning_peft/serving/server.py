@@ -158,8 +158,9 @@ def build_app(serving: Serving) -> FastAPI:
             raise ApiError(400, f"lora_name={body.lora_name}: is the base's name")
         if not NAME.fullmatch(body.lora_name):
             raise ApiError(400, f"lora_name={body.lora_name!r}: letters, digits, dots, dashes and underscores only")
+        is_there = ApiError(400, f"lora_name={body.lora_name}: is loaded already; load_inplace=true reads it anew")
         if body.lora_name in serving.names() and not body.load_inplace:
-            raise ApiError(400, f"lora_name={body.lora_name}: is loaded already; load_inplace=true reads it anew")
+            raise is_there
         assert tiers.directory is not None
         try:
             if body.load_inplace and body.lora_path is None and body.lora_name in tiers.folders:
@@ -174,8 +175,9 @@ def build_app(serving: Serving) -> FastAPI:
             await asyncio.to_thread(serving.engine.read_anew, folder)
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error)) from error
+        if body.lora_name in tiers.folders and not body.load_inplace:  # another client's, who loaded it meanwhile
+            raise is_there
         serving.versions[folder] = version
-        serving.layouts.pop(folder, None)
         tiers.folders[body.lora_name] = folder
         return {"status": "loaded", "lora_name": body.lora_name}
 

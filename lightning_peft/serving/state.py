@@ -44,7 +44,8 @@ class Serving:
     """True where the model answers under its own name; false where an adapter was merged into it."""
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(model, status) -> requests."""
-    layouts: dict[Path, PromptLayout] = field(default_factory=dict)
+    layouts: dict[Path, tuple[FolderVersion | None, PromptLayout]] = field(default_factory=dict)
+    """Adapter folder -> its prompts, and the files that it had when they were read."""
     versions: dict[Path, FolderVersion] = field(default_factory=dict)
     """Adapter folder -> its files when it was last asked for."""
     prompting: threading.Lock = field(default_factory=threading.Lock)
@@ -74,24 +75,22 @@ class Serving:
         version = folder_version(folder)
         if is_there(version) and self.versions.setdefault(folder, version) != version:
             self.versions[folder] = version
-            self.read_anew(folder)
+            self.engine.forget(folder)
         return folder
-
-    def read_anew(self, folder: Path) -> None:
-        self.layouts.pop(folder, None)
-        self.engine.forget(folder)
 
     def layout(self, folder: Path | None) -> PromptLayout:
         """Return how prompts of an adapter are written: as `generate` writes them. Raises ApiError."""
         if folder is None:
             return self.base_layout
-        if folder not in self.layouts:
+        version, held = self.versions.get(folder), self.layouts.get(folder)  # before the file is read in this thread
+        if held is None or held[0] != version:
             try:
                 saved = PromptLayout.load(folder)
             except ValueError as error:
                 raise ApiError(400, str(error)) from error
-            self.layouts[folder] = saved if saved is not None else replace(self.base_layout, system_prompt=None)
-        return self.layouts[folder]
+            held = version, saved if saved is not None else replace(self.base_layout, system_prompt=None)
+            self.layouts[folder] = held
+        return held[1]
 
     def chat_prompt(self, folder: Path | None, turns: list[Turn], tools: list[dict[str, Any]]) -> list[int]:
         """Return the tokens of a chat as it was trained; `tools` in place of those of the training, where there are."""
@@ -102,6 +101,8 @@ class Serving:
         if layout.kind != "chat":
             if len(messages) != 1 or messages[0].role != "user":
                 raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
+            if tools:
+                raise ApiError(400, "tools: this adapter was trained on text without turns, with no place for them")
             return self.laid_out(layout, layout.conversation(messages[0].content))
         return self.laid_out(layout, layout.going_on(messages, tools or None))
 

@@ -28,6 +28,8 @@ HAND_OVER = "serve"
 """Folder of the user's cache with what vLLM is handed: bases of other formats, plain adapters, settings."""
 SCALES_BY_LAYER = (0, 32)
 """Version of vLLM that was seen to read rank_pattern and alpha_pattern; 0.30 does not, and says nothing."""
+NO_FOLDER_OF_CALLER = {"PYTHONSAFEPATH": "1"}
+"""Variable by which Python imports nothing from the folder it is started in, where another lightning_peft may lie."""
 DRAIN_SECONDS = 60
 """Time that requests in flight have once the server is asked to leave."""
 PROBE = """
@@ -83,7 +85,7 @@ class VllmServer:
         """Return the variables that are set in vLLM's environment."""
         folder = self.hand_over_folder()
         path = os.environ.get("PYTHONPATH")
-        found = {
+        found = NO_FOLDER_OF_CALLER | {
             "PYTHONPATH": str(folder) if not path else f"{folder}{os.pathsep}{path}",
             vllm_middleware.SETTINGS: str(folder / "settings.json"),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(self.settings.adapter_dir is not None)),
@@ -128,7 +130,10 @@ class VllmServer:
 def vllm_version(python: str) -> str | None:
     """Return the version of vLLM that an interpreter has, or None. Raises ValueError for what is no interpreter."""
     try:
-        done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(
+            [python, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True,
+            env=os.environ | NO_FOLDER_OF_CALLER,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(f"serve.python={python}: is no Python interpreter that runs here ({error})") from error
     return done.stdout.strip() or None

@@ -79,6 +79,8 @@ def with_trained_prompt(body: dict[str, Any], layout: Mapping[str, Any]) -> dict
     if layout.get("kind", "chat") != "chat":
         if len(messages) != 1 or messages[0].get("role") != "user":
             raise Refusal(400, "messages: this adapter was trained on text without turns; give one user message")
+        if body.get("tools"):
+            raise Refusal(400, "tools: this adapter was trained on text without turns, with no place for them")
         return {**found, "chat_template": AS_IT_IS, "add_special_tokens": True}
     messages = [{**turn, "role": "system"} if turn.get("role") == "developer" else turn for turn in messages]
     if strangers := [turn.get("role") for turn in messages if turn.get("role") not in ROLES]:

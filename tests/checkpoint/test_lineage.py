@@ -10,7 +10,7 @@ import pytest
 from lightning_peft.checkpoint.lineage import Lineage, LineageError, check_lineage, read_lineage, write_lineage
 
 BASE, OTHER = "a" * 64, "b" * 64
-LINEAGE = Lineage(BASE, "tiny", "lora_fa", "nf4", {"seed": 1, "adapter": {"rank": 4}}, "data-1")
+LINEAGE = Lineage(BASE, "tiny", "lora_fa", "nf4", config={"seed": 1, "adapter": {"rank": 4}}, data_fingerprint="data-1")
 
 
 def test_lineage_round_trip(tmp_path: Path) -> None:

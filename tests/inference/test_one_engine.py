@@ -96,10 +96,11 @@ class Served:
         self.engine = Engine(Decoder(model.requires_grad_(False), slots), tiers, tokenizer, 8, 64)
         base = PromptLayout(stop_token_ids=[2]).with_stops(sorted(declared_end_ids(model)))
         self.serving = Serving(self.engine, tiers, tokenizer, "base", base, None, ServerConfig())
-        self.layout = self.serving.layouts[folder] = layout
+        self.layout = layout
+        self.serving.layouts[folder] = None, layout
 
     def prompt(self, messages) -> list[int]:
-        return self.serving.chat_prompt(self.folder, [Turn(role=m.role, content=m.content) for m in messages])
+        return self.serving.chat_prompt(self.folder, [Turn(role=m.role, content=m.content) for m in messages], [])
 
     def answers(self, prompts, samplings) -> list[str]:
         ends = frozenset({*self.serving.base_layout.stop_token_ids, *self.layout.stop_token_ids})

@@ -79,6 +79,23 @@ def save_all(place: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | lineage))
 
 
+OTHER_TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"base_fingerprint": 5}, "base_fingerprint=5 is of another type"),
+    ({"precision": ["bf16-true"]}, "precision=['bf16-true'] is of another type"),
+    ({"config": [1]}, "config=[1] is of another type"),
+    ({"config": {"model": {"rope_scaling": [1]}}}, "rope_scaling=[1] is of another type"),
+    ({"config": {"model": {"new_tokens": 5}}}, "new_tokens=5 is of another type"),
+]
+"""Changes of a lineage, and what is said of each."""
+
+
+def with_lineage(source: Path, folder: Path, change: dict[str, Any] | None) -> None:
+    """Copy an adapter with a change of its lineage; None nests it deeper than JSON is read."""
+    shutil.copytree(source, folder)
+    path = folder / "lineage.json"
+    path.write_text("[" * 100_000 if change is None else json.dumps(json.loads(path.read_text()) | change))
+
+
 def changed(folder: Path, change: Any) -> None:
     """Write an adapter's tensors anew; they have no lineage, as others' adapters."""
     path = folder / "adapter_model.safetensors"

@@ -6,10 +6,11 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from damaged_adapters import save_all, settings_of
+from damaged_adapters import OTHER_TYPES, save_all, settings_of, with_lineage
 from safetensors.torch import load_file, save_file
 
 from lightning_peft.serving.adapter_checks import Settings, check_adapter, is_finite
@@ -60,6 +61,15 @@ def test_the_files_need_each_other_and_the_standard_library_alone() -> None:
 def test_what_vllm_would_get_wrong_is_refused(place: Path, settings: Settings, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         check_adapter(place / "dir" / name, settings)
+
+
+@pytest.mark.parametrize(("change", "says"), [*OTHER_TYPES, (None, "maximum recursion depth")], ids=str)
+def test_a_lineage_that_is_none_is_named(
+    place: Path, settings: Settings, tmp_path: Path, change: dict[str, Any] | None, says: str
+) -> None:
+    with_lineage(place / "a", tmp_path / "a", change)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_adapter(tmp_path / "a", settings)
 
 
 def test_ranks_of_layers_are_for_a_vllm_that_reads_them(place: Path, settings: Settings) -> None:

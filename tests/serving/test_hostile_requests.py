@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 from adapter_models import config_for
+from damaged_adapters import OTHER_TYPES, with_lineage
 from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
 
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
-    for name in ("copy", "layout", "nan", "huge", "lineage", "tools"):
+    for name in ("copy", "layout", "nan", "huge", "lineage", "tools", "raw"):
         shutil.copytree(place / "a", folder / name)
     (folder / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (folder / "lineage" / "lineage.json").write_text("[]")
@@ -47,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({name: value * 1e30 for name, value in load_file(weights).items()}, weights)
     (folder / "huge" / "lineage.json").unlink()
     PromptLayout(template=WITH_TOOLS, stop_token_ids=[2]).save(folder / "tools")
+    PromptLayout(kind="raw", stop_token_ids=[2]).save(folder / "raw")
     (folder / "link").symlink_to(place / "a")
     return place
 
@@ -188,6 +190,16 @@ def test_an_adapter_whose_scores_are_not_finite_fails_alone(client: openai.OpenA
         assert other.result()
 
 
+@pytest.mark.parametrize(("change", "says"), [*OTHER_TYPES, (None, "maximum recursion depth")], ids=str)
+def test_a_lineage_that_is_none_is_named(
+    client: openai.OpenAI, place: Path, tmp_path: Path, change: dict[str, Any] | None, says: str
+) -> None:
+    with_lineage(place / "a", place / "dir" / tmp_path.name, change)
+    response = post(client, "chat/completions", {"model": tmp_path.name, "messages": HI})
+    shutil.rmtree(place / "dir" / tmp_path.name)
+    assert (response.status_code, says in line(response)) == (400, True)
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-20])
 def test_a_tiny_temperature_takes_the_likeliest_token(client: openai.OpenAI, temperature: float) -> None:
     assert ask(client, "a", "hi", 8, temperature=temperature, seed=3) == ask(client, "a", "hi", 8)
@@ -323,6 +335,14 @@ def test_calls_of_tools_stand_in_the_prompt(client: openai.OpenAI) -> None:
     told = client.completions.create(model="tools", prompt=text, max_tokens=3)
     assert answer.choices[0].message.content == told.choices[0].text
     assert answer.usage == told.usage
+
+
+def test_tools_have_no_place_in_text_without_turns(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    body = {"model": "raw", "messages": HI, "tools": tools, "tool_choice": "none"}
+    response = post(client, "chat/completions", body)
+    assert (response.status_code, "no place for them" in line(response)) == (400, True)
+    assert post(client, "chat/completions", body | {"tools": [], "max_tokens": 2}).status_code == 200
 
 
 def test_bodies_have_a_size(client: openai.OpenAI) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,61 @@ def test_others_are_answered_while_the_tokens_of_a_prompt_are_counted(path: str,
     assert tokenizer.was_let
 
 
+def served(place: Path, check: Callable[[Path], object] = lambda folder: None) -> Serving:
+    """Return the tiny model with the adapters of two folders, `a` and those in `dir`."""
+    source = ModelConfig("tiny")
+    model, tokenizer = load_model(source, torch.float32).eval(), load_tokenizer(source)
+    slots = Slots(model, 2, 8, torch.float32)
+    tiers = AdapterTiers(slots, 8, check, place / "dir")
+    tiers.folders = {"a": place / "a"}
+    engine = Engine(Decoder(model, slots), tiers, tokenizer, 4, 4)
+    layout = PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2])
+    return Serving(engine, tiers, tokenizer, "tiny", layout, 2048, ServerConfig(allow_load=True))
+
+
+def test_a_prompt_that_changes_while_it_is_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first client reads it from a slow disk, the second one asks once there is another."""
+    save(tmp_path / "dir" / "copy", config_for("lora", rank=8), 0.2)
+    serving, load, reading, let = served(tmp_path), PromptLayout.load, threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> PromptLayout | None:
+        found = load(folder)
+        reading.set()
+        assert let.wait(SECONDS_HELD)
+        return found
+
+    monkeypatch.setattr(PromptLayout, "load", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(serving.layout, serving.folder("copy"))
+        assert reading.wait(SECONDS_HELD)
+        PromptLayout("chat", "Be short.", CHAT_TEMPLATE).save(tmp_path / "dir" / "copy")
+        folder = serving.folder("copy")
+        let.set()
+        assert first.result().system_prompt == "Answer in SQL."
+    assert serving.layout(folder).system_prompt == "Be short."
+
+
+def test_one_of_two_that_load_a_name_at_once_is_told(tmp_path: Path) -> None:
+    for name in ("dir/x", "dir/y"):
+        save(tmp_path / name, config_for("lora", rank=8), 0.2)
+    both = threading.Barrier(2, timeout=SECONDS_HELD)
+    app = build_app(served(tmp_path, lambda folder: both.wait()))
+
+    async def asked() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            bodies = [{"lora_name": "new", "lora_path": name} for name in ("x", "y")]
+            return await asyncio.gather(*(client.post("/v1/load_lora_adapter", json=body) for body in bodies))
+
+    answers = asyncio.run(asked())
+    assert sorted(answer.status_code for answer in answers) == [200, 400]
+    assert any("is loaded already" in answer.text for answer in answers)
+
+
 def test_others_are_answered_while_an_adapter_is_read(tmp_path: Path) -> None:
     """One adapter is unloaded and another one has new files while a third comes from a slow disk."""
     for name in ("a", "dir/copy", "dir/slow"):
         save(tmp_path / name, config_for("lora", rank=8), 0.2)
-    source, reading, let = ModelConfig("tiny"), threading.Event(), threading.Event()
+    reading, let = threading.Event(), threading.Event()
     was_let: list[bool] = []
 
     def wait(folder: Path) -> None:
@@ -84,13 +136,8 @@ def test_others_are_answered_while_an_adapter_is_read(tmp_path: Path) -> None:
             reading.set()
             was_let.append(let.wait(SECONDS_HELD))
 
-    model, tokenizer = load_model(source, torch.float32).eval(), load_tokenizer(source)
-    slots = Slots(model, 2, 8, torch.float32)
-    tiers = AdapterTiers(slots, 8, wait, tmp_path / "dir")
-    tiers.folders = {"a": tmp_path / "a"}
-    engine = Engine(Decoder(model, slots), tiers, tokenizer, 4, 4)
-    layout = PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2])
-    app = build_app(Serving(engine, tiers, tokenizer, "tiny", layout, 2048, ServerConfig(allow_load=True)))
+    serving = served(tmp_path, wait)
+    app, engine = build_app(serving), serving.engine
 
     async def asked() -> list[int]:
         async with (

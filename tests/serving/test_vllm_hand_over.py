@@ -37,6 +37,7 @@ module, _, name = sys.argv[sys.argv.index("--middleware") + 1].rpartition(".")
 front = getattr(importlib.import_module(module), name)(None)
 names = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY")
 said = {"pid": os.getpid(), "words": sys.argv[1:], "names": front.names(), "is": {n: os.environ.get(n) for n in names}}
+said["files"] = [sys.modules[name].__file__ for name in sys.modules if name.startswith("lightning_peft")]
 front.links.cleanup()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 print(json.dumps(said), flush=True)
@@ -60,6 +61,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = place / "nan" / "adapter_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(weights).items()}, weights)
     (place / "nan" / "lineage.json").unlink()
+    shutil.copytree(place / "a", place / "layout")
+    (place / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (place / "dir").mkdir()
     shutil.copytree(place / "a", place / "dir" / "c")
     for package in ("vllm", "vllm/entrypoints", "vllm/entrypoints/openai"):
@@ -194,6 +197,7 @@ def test_a_start_that_hf_peft_repeats_becomes_a_part_of_the_change(place, capsys
         ("norms", "vLLM refuses it (trained modules): it reads no modules_to_save; serve.engine=embedded"),
         ("foreign", "this adapter was trained on tiny_tied"),
         ("nan", "has numbers that are not finite"),
+        ("layout", "prompt_layout.json: not a prompt layout (system_prompt=3 is of another type)"),
     ],
 )
 def test_what_vllm_would_refuse_or_get_wrong_is_refused_before_it_starts(place, capsys, name, says):
@@ -240,18 +244,24 @@ def test_a_folder_called_vllm_is_no_vllm(tmp_path):
 
 
 def test_the_process_becomes_vllm_with_the_base_and_plain_adapters(place, tmp_path, monkeypatch):
-    """Its pid, its signals and its exit status are vLLM's; what it is handed is written first."""
+    """Its pid, its signals and its exit status are vLLM's; what it is handed is written first.
+
+    It is started in the folder of our sources, of which it imports nothing.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("VLLM_API_KEY", "of the shell")
     given = [*words(place, "a", "adalora"), f"adapter_dir={place / 'dir'}"]
     process = Started(
-        [*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+        [*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        cwd=Path(serve_command.__file__).parents[2],
+    )  # fmt: skip
     try:
         lines = iter(process.stdout.readline, "")
         said = json.loads(next(line for line in lines if line.startswith("{")))
         assert said["pid"] == process.pid
         assert said["names"] == ["tiny", "a", "adalora", "c"]
+        assert len(said["files"]) == 4
+        assert all(Path(file).is_relative_to(tmp_path) for file in said["files"])
         assert said["is"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": None}
         base = ModelConfig("hf", value(said["words"], "--model"))
         assert {path.name for path in Path(base.path).iterdir()} >= {

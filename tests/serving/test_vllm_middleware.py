@@ -164,6 +164,8 @@ def test_an_adapter_trained_on_text_takes_one_turn_as_it_is(front: Adapters) -> 
     assert asked["stop_token_ids"] == [2, 5]
     refused = chat(front, "raw", [*HI, {"role": "assistant", "content": "ho"}])
     assert (refused.status_code, "without turns" in line(refused)) == (400, True)
+    refused = chat(front, "raw", tools=[{"type": "function", "function": {"name": "look"}}])
+    assert (refused.status_code, "no place for them" in line(refused)) == (400, True)
 
 
 def test_an_adapter_of_the_folder_is_loaded_once_when_first_asked_for(front: Adapters, behind: Behind) -> None:
