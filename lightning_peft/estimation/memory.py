@@ -126,8 +126,8 @@ class Estimate:
     tokens: int
     """Tokens of an optimiser step."""
     of_each: int
-    """Bytes that each of the runs together keeps through the passes of the others: adapters, optimiser states, and the
-    gradients of a window."""
+    """Bytes that each of the runs together keeps through the passes of the others: adapters, optimiser states, the
+    gradients of a window, and, where ranks hold slices, its adapters whole, as it may be in the same pass."""
 
     @property
     def peak(self) -> int:
@@ -161,7 +161,9 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     states = repeated(states, together)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     if shards > 1 and together > 1:  # a pass of all has every adapter whole
-        gathered += repeated(only(stored_weights(model), ADAPTERS), together)
+        whole = only(stored_weights(model), ADAPTERS)
+        gathered += repeated(whole, together)
+        of_each += held_bytes(whole)
     loaded = of_runs(stored_weights(model) if options.loads_whole else loaded_weights(model, shards), together)
     teacher: Held = Counter({(TEACHER, array): count for array, count in options.teacher.items()})
     always, on_host = stored + states + process + teacher, 0

@@ -56,6 +56,23 @@ def test_pass_of_one_kind_and_the_states_of_another_fit_both(tmp_path):
     assert estimate_of(kinds[0], 1).peak + (fitting - 1) * of_all[1].of_each <= room
 
 
+def test_pass_has_long_rows_of_one_kind_and_whole_adapters_of_another(tmp_path):
+    """Where ranks hold slices: one row of 400 tokens and seven of 16 are one pass, which gathers all their adapters."""
+    own = ["activation_checkpointing=none", "data.micro_batch_size=1"]
+    sliced = [*own, "strategy=fsdp", "trainer.devices=2"]
+    long, large = ["rank=r4", "data.max_length=400"], ["adapter.rank=32", "data.max_length=16"]
+    kinds = [compose_config("estimate", [*TINY, *sliced, *words]) for words in (long, large)]
+    one_large = estimate_of(compose_config("estimate", [*TINY, *own, *large]))
+    parts = {part.name: part.largest for part in one_large.components}
+    adapters, states = parts["adapters"], parts["optimiser states"]
+    mixed = estimate_of(kinds[0]).peak + 7 * (adapters // 2 + states // 2 + adapters)
+    room = mixed - 2**14
+    assert max(estimate_of(kind, 8).peak for kind in kinds) < room
+    limit = f"device_memory_gib={(room + RESERVED['cpu']) / GIB}"
+    trials = [tiny_config(tmp_path / "x", *sliced, limit, *words) for words in (long, *7 * [large])]
+    assert most_that_fit(trials, CPU) < 8
+
+
 def test_trial_that_does_not_fit_alone_is_refused(tmp_path):
     config = tiny_config(tmp_path, *WORDS, "device_memory_gib=0.501")
     message = "sweep.together=auto: a trial takes up to 0.0. GiB, and there are 0.00; `estimate` with the words of one"

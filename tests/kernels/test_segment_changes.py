@@ -1,15 +1,19 @@
 """The changes of several models by one call of a kernel: those that torch computes, whatever stands beside them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.kernels import segment_changes
+from lightning_peft.kernels import products, segment_changes
 from lightning_peft.kernels.native.library import library, without_kernels
 from lightning_peft.kernels.segments import Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
+from lightning_peft.training.recomputation import recomputing
 
 pytestmark = pytest.mark.skipif(library() is None, reason="a processor with AVX-512 and bf16")
 IN, OUT = 80, 144
@@ -83,6 +87,48 @@ def test_changes_are_those_of_torch(counts: tuple[int, ...], ranks: tuple[int, .
         expected = case.results()
     assert not is_by_kernel(expected[0])
     assert_near(found, expected)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("bias", [True, False])
+def test_base_without_amx_is_added_by_its_kernel(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows enough for a copy of the weight, which a processor without AMX multiplies by the kernel both ways."""
+    case, transposed = Case((150, 97), (5, 16), bias), []
+    with without_kernels():
+        expected = case.results()
+    by_kernel = products.sum_by_kernel
+
+    def noted(*operands: Any, **options: Any) -> None:
+        transposed.append(operands[6])
+        by_kernel(*operands, **options)
+
+    monkeypatch.setattr(products, "kernels_are_fastest", lambda: True)
+    monkeypatch.setattr(products, "sum_by_kernel", noted)
+    found = case.results()
+    assert is_by_kernel(found[0]) and transposed == [True, False]
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [partial(checkpoint, use_reentrant=False), lambda run, x: recomputing(run)(x)],
+    ids=["block", "elementwise"],
+)
+def test_gradients_are_the_same_where_a_block_runs_again(again: Callable[..., Tensor]) -> None:
+    case = Case((30, 40), (8, 3))
+    learnt = [case.x, *(factor for pair in case.factors for factor in pair)]
+
+    def block(x: Tensor) -> Tensor:
+        gated = nn.functional.silu(x) * x  # kept as x where elementwise operations run again
+        base = frozen_base(case.layer, gated)
+        assert base is not None
+        output = add_segments(base, gated, case.segments, case.factors)
+        assert is_by_kernel(output)
+        return output
+
+    expected = torch.autograd.grad(block(case.x), learnt, case.direction)
+    found = torch.autograd.grad(again(block, case.x), learnt, case.direction)
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 @pytest.mark.usefixtures("threads")
