@@ -87,6 +87,10 @@ def positions(config: Any, family: GGUFFamily) -> dict[str, Any]:
     if local is not None:
         if local.get("rope_type", "default") != "default":
             raise refused(config, f"has no positions scaled by {local['rope_type']} in layers with a window")
+        if local["rope_theta"] != rope["rope_theta"] and family.architecture != "gemma3":
+            raise refused(
+                config, "turns positions at one pace in all layers, and this model has a rope_theta for each kind"
+            )
         fields["rope.freq_base_swa"] = float(local["rope_theta"])
     if config.model_type == "phi3":
         fields["rope.scaling.original_context_length"] = original_context(config, rope)

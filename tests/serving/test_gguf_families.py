@@ -55,6 +55,14 @@ def test_file_read_back_has_the_logits(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if "sliding_window" in each.optional])
+def test_a_file_without_a_window_is_read_back(family: str, tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 4, "layer_types": [FULL] * 4} if family != "phi3" else {"sliding_window": None}
+    model = case_model(family, **layers)
+    read = load_model(ModelConfig("hf", str(written(model, tmp_path))), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"hidden_act": "gelu"}, "llama has no hidden_act='gelu', only 'silu'"),
     "qwen2": ({"rope_parameters": LLAMA_3}, "positions of qwen2 scaled by llama3 are not written here"),
@@ -75,12 +83,17 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {**YARN_GLOBALLY, FULL: {**YARN, "attention_factor": 2.0}}},
         "positions scaled by yarn with attention_factor=2.0 are not written here",
     ),
+    "olmo3 at two paces": (
+        {"rope_parameters": {**YARN_GLOBALLY, FULL: {"rope_type": "default", "rope_theta": 5e5}}},
+        "olmo2 turns positions at one pace in all layers, and this model has a rope_theta for each kind",
+    ),
+    "qwen2 with wide heads": ({"head_dim": 32}, "qwen2 has no head_dim=32 but hidden_size / num_attention_heads"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", OTHERWISE)
-def test_what_llama_cpp_computes_otherwise_is_refused(family: str, tmp_path: Path) -> None:
-    options, message = OTHERWISE[family]
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    (options, message), family = OTHERWISE[case], case.split()[0]
     model = small_model(family, vocab_size=320, **{**OF_GGUF.get(family, {}), **options})
     with pytest.raises(GGUFModelError, match=re.escape(message)):
         written(model, tmp_path)
