@@ -14,7 +14,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVis
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_families import FAMILIES, GGUFModelError
+from lightning_peft.models.gguf_families import FAMILIES, SIZES, GGUFModelError
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -60,6 +60,17 @@ def test_a_file_without_a_window_is_read_back(family: str, tmp_path: Path) -> No
     layers = {"num_hidden_layers": 4, "layer_types": [FULL] * 4} if family != "phi3" else {"sliding_window": None}
     model = case_model(family, **layers)
     read = load_model(ModelConfig("hf", str(written(model, tmp_path))), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_a_file_does_not_say_are_those_of_q(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtral's configuration has 8 for keys where nothing is said, and llama.cpp as many as for queries."""
+    model = case_model("mixtral", num_key_value_heads=4)
+    monkeypatch.delitem(SIZES, "attention.head_count_kv")
+    path = written(model, tmp_path)
+    monkeypatch.undo()
+    assert "llama.attention.head_count_kv" not in GGUFFile(path).fields
+    read = load_model(ModelConfig("hf", str(path)), torch.float32)
     torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
