@@ -28,11 +28,15 @@ BOUNDS = ("low_freq_factor", "high_freq_factor")
 SLIDING = "sliding_attention"
 
 
-def check_written(config: PreTrainedConfig, tied: bool) -> None:
-    """Raise GGUFModelError for a model that no file says in full; `tied` is whether its head is the embedding."""
+def check_written(config: PreTrainedConfig, tied: bool, has_metadata: bool) -> None:
+    """Raise GGUFModelError for a model that no file says in full.
+
+    `tied` is whether its head is the embedding, `has_metadata` whether its base's own file says the fields.
+    """
     check_family(str(config.model_type))
     check_computed(config, tied)
-    fields_of(config)
+    if not has_metadata:
+        fields_of(config)
 
 
 def fields_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def write_gguf_model(
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
 
     config = model.config.get_text_config()
-    check_written(config, is_tied(model))
+    check_written(config, is_tied(model), base_file is not None)
     for line in differences(model, config):
         logger.warning("%s: %s", path.name, line)
     names = GGUFNames(config)
@@ -118,7 +118,7 @@ def differences(model: PreTrainedModel, config: Any) -> list[str]:
             f"this model attends to the last {window} tokens, llama.cpp to all: answers to longer texts differ"
         )
     rope, _ = ropes(config)
-    if rope.get("rope_type") == "longrope":
+    if rope.get("rope_type") == "longrope" and rope["long_factor"] != rope["short_factor"]:
         lines.append(
             "llama.cpp turns positions by the long factors wherever its context (-c) is longer than "
             f"{config.original_max_position_embeddings} tokens, this model where the text is: keep -c below for short "
@@ -171,10 +171,11 @@ def places_of(model: PreTrainedModel, names: GGUFNames, base_file: Path | None) 
     for name, parameter in parameters.items():
         for stored in names.sources(name):
             places[stored] = partial(_part, names, name, parameter.detach(), stored)
-    of_positions = dict(position_tensors(model.config.get_text_config()))
-    if base_file is not None:
+    if base_file is None:
+        of_positions = dict(position_tensors(model.config.get_text_config()))
+    else:
         base = open_gguf(base_file)
-        of_positions |= {name: base.read(name, torch.float32) for name in OF_POSITIONS if name in base.tensors}
+        of_positions = {name: base.read(name, torch.float32) for name in OF_POSITIONS if name in base.tensors}
     return places | {name: partial(torch.clone, tensor) for name, tensor in of_positions.items()}
 
 

@@ -13,6 +13,7 @@ from llama_cpp_models import CASES, FIXTURE, LLAMA_3, YARN, YARN_GLOBALLY, case_
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models import gguf_metadata
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_families import FAMILIES, SIZES, GGUFModelError
 from lightning_peft.models.loading import load_model
@@ -72,6 +73,18 @@ def test_heads_that_a_file_does_not_say_are_those_of_q(tmp_path: Path, monkeypat
     assert "llama.attention.head_count_kv" not in GGUFFile(path).fields
     read = load_model(ModelConfig("hf", str(path)), torch.float32)
     torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_frequencies_of_a_base_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divisors that are not Llama 3's have no words in transformers, and the base's file has them."""
+    divisors = torch.linspace(1, 7, 8)
+    monkeypatch.setattr(gguf_metadata, "llama_3_factors", lambda rope, width: divisors)
+    base = written(case_model("llama with scaled positions"), tmp_path)
+    model = load_model(ModelConfig("hf", str(base)), torch.float32)
+    path = tmp_path / "merged.gguf"
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), path, "fp32", base, "small")
+    assert content(path) == content(base)
+    assert torch.equal(GGUFFile(path).read("rope_freqs.weight", torch.float32), divisors)
 
 
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
