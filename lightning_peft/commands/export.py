@@ -158,7 +158,7 @@ def checked(config: ExportConfig) -> ExportedRun:
         )
     if merged:
         text = model_config(base).get_text_config()
-        check_written(text, text.tie_word_embeddings, base_file(base) is not None)
+        check_written(text, text.tie_word_embeddings, gguf_model.keeps_positions(text, base_file(base)))
     rank = 0 if merged else config.svd_rank or largest_rank(adapter)
     refuse_wrong_engines(config.engine, features, rank, format)
     name = ""

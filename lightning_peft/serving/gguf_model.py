@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import open_gguf
-from lightning_peft.models.gguf_conversion import OF_POSITIONS
+from lightning_peft.models.gguf_config import gguf_config
+from lightning_peft.models.gguf_conversion import OF_POSITIONS, is_known
 from lightning_peft.models.gguf_families import FAMILIES, GGUFModelError
 from lightning_peft.models.gguf_metadata import SLIDING, check_written, fields_of, position_tensors, ropes
 from lightning_peft.models.gguf_names import GGUFNames
@@ -59,7 +60,8 @@ def write_gguf_model(
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
 
     config = model.config.get_text_config()
-    check_written(config, is_tied(model), base_file is not None)
+    own = base_file if keeps_positions(config, base_file) else None
+    check_written(config, is_tied(model), own is not None)
     for line in differences(model, config):
         logger.warning("%s: %s", path.name, line)
     names = GGUFNames(config)
@@ -67,7 +69,9 @@ def write_gguf_model(
     writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(2)
     if base_file is not None:
-        copy_metadata(writer, base_file, len(tokenizer))
+        copy_metadata(writer, base_file, len(tokenizer), (f"{names.architecture}.",) if own is None else ())
+        if own is None:
+            add_fields(writer, fields_of(config))
         fields = open_gguf(base_file).fields
         named = {key: fields[place] for key in STOPS if (place := f"tokenizer.ggml.{key}_token_id") in fields}
     else:
@@ -83,7 +87,7 @@ def write_gguf_model(
         is_matrix = tensor.ndim > 1 and stored.endswith(".weight") and not stored.endswith(ALWAYS_FP32)
         return GGMLQuantizationType[DTYPES[dtype]] if is_matrix else GGMLQuantizationType.F32
 
-    places = places_of(model, names, base_file)
+    places = places_of(model, names, own)
     for stored, read in places.items():
         tensor = read()
         kind = kind_of(stored, tensor)
@@ -183,12 +187,20 @@ def _part(names: GGUFNames, name: str, parameter: Tensor, stored: str) -> Tensor
     return names.stored(name, parameter)[stored]
 
 
-def copy_metadata(writer: Any, base_file: Path, tokens: int) -> None:
-    """Take the metadata of the base's own file, in the types it has them in."""
+def keeps_positions(config: Any, base_file: Path | None) -> bool:
+    """Return whether the base has a file of its own, and the run has left its positions as that says."""
+    if base_file is None:
+        return False
+    file = open_gguf(base_file)
+    return not is_known(file) or bool(gguf_config(file).rope_parameters == config.rope_parameters)
+
+
+def copy_metadata(writer: Any, base_file: Path, tokens: int, without: tuple[str, ...]) -> None:
+    """Take the metadata of the base's own file, in the types it has them in, but for keys that begin with one of `without`."""
     from gguf import GGUFReader, GGUFValueType
 
     for key, entry in GGUFReader(base_file).fields.items():
-        if key in OWN_KEYS:
+        if key in OWN_KEYS or key.startswith(without):
             continue
         kind, *inner = entry.types
         value = entry.contents()

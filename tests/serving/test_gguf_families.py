@@ -17,6 +17,7 @@ from lightning_peft.models import gguf_metadata
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_families import FAMILIES, SIZES, GGUFModelError
 from lightning_peft.models.loading import load_model
+from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.serving.gguf_model import write_gguf_model
@@ -85,6 +86,20 @@ def test_frequencies_of_a_base_file_are_kept(tmp_path: Path, monkeypatch: pytest
     write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), path, "fp32", base, "small")
     assert content(path) == content(base)
     assert torch.equal(GGUFFile(path).read("rope_freqs.weight", torch.float32), divisors)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_positions_that_a_run_scales_are_not_those_of_its_base_file(kind: str, tmp_path: Path) -> None:
+    base = written(case_model("llama"), tmp_path)
+    scaling = RopeScaling(type=kind, factor=4.0)
+    model = load_model(ModelConfig("hf", str(base), rope_scaling=scaling), torch.float32)
+    path = tmp_path / "merged.gguf"
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), path, "fp32", base, "small")
+    fields = GGUFFile(path).fields
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == (kind, 4.0)
+    assert fields["tokenizer.ggml.tokens"] == GGUFFile(base).fields["tokenizer.ggml.tokens"]
+    read = load_model(ModelConfig("hf", str(path)), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
