@@ -196,7 +196,7 @@ def keeps_positions(config: Any, base_file: Path | None) -> bool:
 
 
 def copy_metadata(writer: Any, base_file: Path, tokens: int, without: tuple[str, ...]) -> None:
-    """Take the metadata of the base's own file, in the types it has them in, but for keys that begin with one of `without`."""
+    """Take the metadata of the base's own file, in the types it has them in; none whose key begins with `without`."""
     from gguf import GGUFReader, GGUFValueType
 
     for key, entry in GGUFReader(base_file).fields.items():
