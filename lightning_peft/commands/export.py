@@ -142,7 +142,7 @@ def checked(config: ExportConfig) -> ExportedRun:
         nearest = "; svd_rank= makes the nearest one" if is_alone else ""
         raise ValueError(
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
-            f"use {gguf_model.instead_of_pairs(str(model_config(base).model_type))}{nearest}"
+            f"use {gguf_model.instead_of_pairs(model_config(base))}{nearest}"
         )
     merged = config.format is ExportFormat.gguf or (
         config.format is ExportFormat.ollama and (whole or blocking is not None or config.base_name is None)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import open_gguf
@@ -38,9 +38,14 @@ OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.archi
 """Keys that are not copied from the base's file."""
 
 
-def instead_of_pairs(model_type: str) -> str:
+def instead_of_pairs(config: PreTrainedConfig) -> str:
     """Return the ways to write base and adapter in one, where pairs alone will not do."""
-    return "format=gguf, or `lightning-peft merge`" if model_type in FAMILIES else "`lightning-peft merge`"
+    text: Any = config.get_text_config()
+    try:
+        check_written(text, bool(text.tie_word_embeddings), has_metadata=False)
+    except GGUFModelError:
+        return "`lightning-peft merge`"
+    return "format=gguf, or `lightning-peft merge`"
 
 
 def write_gguf_model(
