@@ -142,7 +142,7 @@ def checked(config: ExportConfig) -> ExportedRun:
         nearest = "; svd_rank= makes the nearest one" if is_alone else ""
         raise ValueError(
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
-            f"use {gguf_model.instead_of_pairs(str(model_config(base).model_type))}{nearest}"
+            f"use {gguf_model.instead_of_pairs(model_config(base))}{nearest}"
         )
     merged = config.format is ExportFormat.gguf or (
         config.format is ExportFormat.ollama and (whole or blocking is not None or config.base_name is None)
@@ -158,7 +158,7 @@ def checked(config: ExportConfig) -> ExportedRun:
         )
     if merged:
         text = model_config(base).get_text_config()
-        check_written(text, text.tie_word_embeddings)
+        check_written(text, text.tie_word_embeddings, gguf_model.keeps_positions(text, base_file(base)))
     rank = 0 if merged else config.svd_rank or largest_rank(adapter)
     refuse_wrong_engines(config.engine, features, rank, format)
     name = ""

@@ -65,10 +65,12 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
         for option, tensor in BIASES.items()
         if hasattr(CONFIG_MAPPING[model_type], option)
     }
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    if not values.get("sliding_window", True):
+        del values["sliding_window"]  # no layer has one
     if family.period is not None:
         values |= window_options(present, family, values["num_hidden_layers"])
     if model_type == "phi3":
-        values["sliding_window"] = values.get("sliding_window") or None
         values["original_max_position_embeddings"] = present.get(
             "rope.scaling.original_context_length", values.get("max_position_embeddings")
         )

@@ -82,7 +82,7 @@ FAMILIES = {
     "llama": GGUFFamily("llama", RMS, SILU, **LLAMA),
     "mistral": GGUFFamily("llama", RMS, SILU, **LLAMA),
     "mixtral": GGUFFamily("llama", {**RMS, "expert_count": "num_local_experts", **USED}, SILU, **LLAMA),
-    "qwen2": GGUFFamily("qwen2", RMS, SILU, has_any_width=True),
+    "qwen2": GGUFFamily("qwen2", RMS, SILU),
     "qwen3": GGUFFamily("qwen3", RMS, PLAIN, has_any_width=True),
     "qwen3_moe": GGUFFamily(
         "qwen3moe",

@@ -111,6 +111,9 @@ def _expected(field: str, text: Any) -> list[Any] | None:
         return [[kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or []]]
     if field not in SAME_AS:
         return None
+    kinds = getattr(text, "layer_types", None)
+    if field == "attention.sliding_window" and kinds and "sliding_attention" not in kinds:
+        return []
     found = [getattr(text, name) for name in SAME_AS[field] if getattr(text, name, None) is not None]
     if field == "attention.head_count_kv":
         return found or [text.num_attention_heads]

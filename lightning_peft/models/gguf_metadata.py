@@ -28,11 +28,15 @@ BOUNDS = ("low_freq_factor", "high_freq_factor")
 SLIDING = "sliding_attention"
 
 
-def check_written(config: PreTrainedConfig, tied: bool) -> None:
-    """Raise GGUFModelError for a model that no file says in full; `tied` is whether its head is the embedding."""
+def check_written(config: PreTrainedConfig, tied: bool, has_metadata: bool) -> None:
+    """Raise GGUFModelError for a model that no file says in full.
+
+    `tied` is whether its head is the embedding, `has_metadata` whether its base's own file says the fields.
+    """
     check_family(str(config.model_type))
     check_computed(config, tied)
-    fields_of(config)
+    if not has_metadata:
+        fields_of(config)
 
 
 def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -87,6 +91,10 @@ def positions(config: Any, family: GGUFFamily) -> dict[str, Any]:
     if local is not None:
         if local.get("rope_type", "default") != "default":
             raise refused(config, f"has no positions scaled by {local['rope_type']} in layers with a window")
+        if local["rope_theta"] != rope["rope_theta"] and family.architecture != "gemma3":
+            raise refused(
+                config, "turns positions at one pace in all layers, and this model has a rope_theta for each kind"
+            )
         fields["rope.freq_base_swa"] = float(local["rope_theta"])
     if config.model_type == "phi3":
         fields["rope.scaling.original_context_length"] = original_context(config, rope)

@@ -38,7 +38,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], list[pre_tokenizers.PreTokenizer]]] = {
 }
 """The steps that split text before byte-pair merging, by tokenizer.ggml.pre."""
 WHOLE_WORDS = ("llama-bpe",)
-"""Splits of tokenizers that leave a word that is a token as one."""
+"""Splits of tokenizers that leave a word that is a token as one; texts begin with a token unless a file says no."""
 COMPOSED = ("qwen2",)
 """Splits of tokenizers that compose letters first, which llama.cpp leaves out."""
 CONTROL, USER_DEFINED = 3, 4
@@ -48,7 +48,7 @@ CONTROL, USER_DEFINED = 3, 4
 def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
     """Return the tokenizer, from the file's metadata; None for a kind not listed here."""
     field = partial(_tokenizer_field, file)
-    if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS:
+    if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS or field("token_type") is None:
         return None
     tokens = field("tokens")
     merges = [tuple(merge.split(" ")) for merge in field("merges") or [] if " " in merge]  # else it stands for none
@@ -69,7 +69,7 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
         chat_template=file.fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         additional_special_tokens=[token for token in special if token not in named.values()],
-        add_bos_token=field("add_bos_token") or False,
+        add_bos_token=field("pre") in WHOLE_WORDS if (adds := field("add_bos_token")) is None else adds,
         **named,
     )
 

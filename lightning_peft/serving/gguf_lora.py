@@ -19,7 +19,7 @@ def check_pairs(pairs: FactorPairs, model: PreTrainedModel, tied: bool) -> None:
 
     The model's own configuration does not say so where the run has untied them.
     """
-    instead = instead_of_pairs(str(model.config.model_type))
+    instead = instead_of_pairs(model.config)
     for name in pairs:
         if is_embedding(model, name):
             raise ValueError(

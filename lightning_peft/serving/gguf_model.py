@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import open_gguf
-from lightning_peft.models.gguf_conversion import OF_POSITIONS
+from lightning_peft.models.gguf_config import gguf_config
+from lightning_peft.models.gguf_conversion import OF_POSITIONS, is_known
 from lightning_peft.models.gguf_families import FAMILIES, GGUFModelError
 from lightning_peft.models.gguf_metadata import SLIDING, check_written, fields_of, position_tensors, ropes
 from lightning_peft.models.gguf_names import GGUFNames
@@ -37,9 +38,14 @@ OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.archi
 """Keys that are not copied from the base's file."""
 
 
-def instead_of_pairs(model_type: str) -> str:
+def instead_of_pairs(config: PreTrainedConfig) -> str:
     """Return the ways to write base and adapter in one, where pairs alone will not do."""
-    return "format=gguf, or `lightning-peft merge`" if model_type in FAMILIES else "`lightning-peft merge`"
+    text: Any = config.get_text_config()
+    try:
+        check_written(text, bool(text.tie_word_embeddings), has_metadata=False)
+    except GGUFModelError:
+        return "`lightning-peft merge`"
+    return "format=gguf, or `lightning-peft merge`"
 
 
 def write_gguf_model(
@@ -59,7 +65,8 @@ def write_gguf_model(
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
 
     config = model.config.get_text_config()
-    check_written(config, is_tied(model))
+    own = base_file if keeps_positions(config, base_file) else None
+    check_written(config, is_tied(model), own is not None)
     for line in differences(model, config):
         logger.warning("%s: %s", path.name, line)
     names = GGUFNames(config)
@@ -67,7 +74,9 @@ def write_gguf_model(
     writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
     writer.add_quantization_version(2)
     if base_file is not None:
-        copy_metadata(writer, base_file, len(tokenizer))
+        copy_metadata(writer, base_file, len(tokenizer), (f"{names.architecture}.",) if own is None else ())
+        if own is None:
+            add_fields(writer, fields_of(config))
         fields = open_gguf(base_file).fields
         named = {key: fields[place] for key in STOPS if (place := f"tokenizer.ggml.{key}_token_id") in fields}
     else:
@@ -83,7 +92,7 @@ def write_gguf_model(
         is_matrix = tensor.ndim > 1 and stored.endswith(".weight") and not stored.endswith(ALWAYS_FP32)
         return GGMLQuantizationType[DTYPES[dtype]] if is_matrix else GGMLQuantizationType.F32
 
-    places = places_of(model, names, base_file)
+    places = places_of(model, names, own)
     for stored, read in places.items():
         tensor = read()
         kind = kind_of(stored, tensor)
@@ -118,7 +127,7 @@ def differences(model: PreTrainedModel, config: Any) -> list[str]:
             f"this model attends to the last {window} tokens, llama.cpp to all: answers to longer texts differ"
         )
     rope, _ = ropes(config)
-    if rope.get("rope_type") == "longrope":
+    if rope.get("rope_type") == "longrope" and rope["long_factor"] != rope["short_factor"]:
         lines.append(
             "llama.cpp turns positions by the long factors wherever its context (-c) is longer than "
             f"{config.original_max_position_embeddings} tokens, this model where the text is: keep -c below for short "
@@ -171,10 +180,11 @@ def places_of(model: PreTrainedModel, names: GGUFNames, base_file: Path | None) 
     for name, parameter in parameters.items():
         for stored in names.sources(name):
             places[stored] = partial(_part, names, name, parameter.detach(), stored)
-    of_positions = dict(position_tensors(model.config.get_text_config()))
-    if base_file is not None:
+    if base_file is None:
+        of_positions = dict(position_tensors(model.config.get_text_config()))
+    else:
         base = open_gguf(base_file)
-        of_positions |= {name: base.read(name, torch.float32) for name in OF_POSITIONS if name in base.tensors}
+        of_positions = {name: base.read(name, torch.float32) for name in OF_POSITIONS if name in base.tensors}
     return places | {name: partial(torch.clone, tensor) for name, tensor in of_positions.items()}
 
 
@@ -182,12 +192,20 @@ def _part(names: GGUFNames, name: str, parameter: Tensor, stored: str) -> Tensor
     return names.stored(name, parameter)[stored]
 
 
-def copy_metadata(writer: Any, base_file: Path, tokens: int) -> None:
-    """Take the metadata of the base's own file, in the types it has them in."""
+def keeps_positions(config: Any, base_file: Path | None) -> bool:
+    """Return whether the base has a file of its own, and the run has left its positions as that says."""
+    if base_file is None:
+        return False
+    file = open_gguf(base_file)
+    return not is_known(file) or bool(gguf_config(file).rope_parameters == config.rope_parameters)
+
+
+def copy_metadata(writer: Any, base_file: Path, tokens: int, without: tuple[str, ...]) -> None:
+    """Take the metadata of the base's own file, in the types it has them in; none whose key begins with `without`."""
     from gguf import GGUFReader, GGUFValueType
 
     for key, entry in GGUFReader(base_file).fields.items():
-        if key in OWN_KEYS:
+        if key in OWN_KEYS or key.startswith(without):
             continue
         kind, *inner = entry.types
         value = entry.contents()

@@ -65,7 +65,7 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, rows: int) ->
 
 
 def name_for(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
-    """Return the name of a model, with "phi-3" in it where its tokens take the blanks behind them.
+    """Return the name of a model, with "phi-3" in it where its tokens take the blanks behind them, and only there.
 
     By that word llama.cpp knows that all but three do. Tokens that take blanks otherwise are said in a line.
     """
@@ -73,14 +73,15 @@ def name_for(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     takers = {token.content for token in added if token.rstrip}
     others = {token.content for token in added} - PHI_3_LEAVES
     before = {token.content for token in added if token.lstrip}
-    if takers and takers == others and not before:
+    is_complete = {*PHI_3_LEAVES, "</s>"} <= tokenizer.get_vocab().keys()  # llama.cpp does not load a file without
+    if takers and takers == others and not before and is_complete:
         return f"phi-3 {name}"
     if takers or before:
         logger.warning(
             "%d tokens take the blanks around them, such as %s: llama.cpp leaves those in the text",
             len(takers | before), min(takers | before),
         )  # fmt: skip
-    return name
+    return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
 
 
 def split_name(content: dict[str, Any]) -> str:
@@ -90,14 +91,16 @@ def split_name(content: dict[str, Any]) -> str:
     normalizer = (content.get("normalizer") or {}).get("type")
     kinds = [part.get("type") for part in parts]
     name = None
-    if model["type"] == "BPE" and kinds and kinds[-1] == "ByteLevel" and normalizer in (None, "NFC"):
+    is_bytes = kinds[-1:] == ["ByteLevel"] and not parts[-1].get("add_prefix_space")
+    if model["type"] == "BPE" and is_bytes and normalizer in (None, "NFC"):
         if not model["merges"]:
             return "smollm"  # without merges every split gives the same tokens
-        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
+        splits_words = parts[-1].get("use_regex", True)
+        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and splits_words:
             name = "smollm"
-        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        if kinds == ["ByteLevel"] and splits_words:
             name = "gpt-2"
-        if kinds == ["Split", "ByteLevel"]:
+        if kinds == ["Split", "ByteLevel"] and not splits_words:
             name = SPLITS.get(parts[0]["pattern"].get("Regex"))
     if name is not None and model.get("ignore_merges") and not rules_make_all(model):
         name = WHOLE_WORDS.get(name)

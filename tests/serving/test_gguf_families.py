@@ -13,9 +13,11 @@ from llama_cpp_models import CASES, FIXTURE, LLAMA_3, YARN, YARN_GLOBALLY, case_
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models import gguf_metadata
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_families import FAMILIES, GGUFModelError
+from lightning_peft.models.gguf_families import FAMILIES, SIZES, GGUFModelError
 from lightning_peft.models.loading import load_model
+from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.serving.gguf_model import write_gguf_model
@@ -55,6 +57,51 @@ def test_file_read_back_has_the_logits(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if "sliding_window" in each.optional])
+def test_a_file_without_a_window_is_read_back(family: str, tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 4, "layer_types": [FULL] * 4} if family != "phi3" else {"sliding_window": None}
+    model = case_model(family, **layers)
+    read = load_model(ModelConfig("hf", str(written(model, tmp_path))), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_a_file_does_not_say_are_those_of_q(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtral's configuration has 8 for keys where nothing is said, and llama.cpp as many as for queries."""
+    model = case_model("mixtral", num_key_value_heads=4)
+    monkeypatch.delitem(SIZES, "attention.head_count_kv")
+    path = written(model, tmp_path)
+    monkeypatch.undo()
+    assert "llama.attention.head_count_kv" not in GGUFFile(path).fields
+    read = load_model(ModelConfig("hf", str(path)), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_frequencies_of_a_base_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divisors that are not Llama 3's have no words in transformers, and the base's file has them."""
+    divisors = torch.linspace(1, 7, 8)
+    monkeypatch.setattr(gguf_metadata, "llama_3_factors", lambda rope, width: divisors)
+    base = written(case_model("llama with scaled positions"), tmp_path)
+    model = load_model(ModelConfig("hf", str(base)), torch.float32)
+    path = tmp_path / "merged.gguf"
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), path, "fp32", base, "small")
+    assert content(path) == content(base)
+    assert torch.equal(GGUFFile(path).read("rope_freqs.weight", torch.float32), divisors)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_positions_that_a_run_scales_are_not_those_of_its_base_file(kind: str, tmp_path: Path) -> None:
+    base = written(case_model("llama"), tmp_path)
+    scaling = RopeScaling(type=kind, factor=4.0)
+    model = load_model(ModelConfig("hf", str(base), rope_scaling=scaling), torch.float32)
+    path = tmp_path / "merged.gguf"
+    write_gguf_model(model, tiny_tokenizer(), PromptLayout(stop_token_ids=[2]), path, "fp32", base, "small")
+    fields = GGUFFile(path).fields
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == (kind, 4.0)
+    assert fields["tokenizer.ggml.tokens"] == GGUFFile(base).fields["tokenizer.ggml.tokens"]
+    read = load_model(ModelConfig("hf", str(path)), torch.float32)
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"hidden_act": "gelu"}, "llama has no hidden_act='gelu', only 'silu'"),
     "qwen2": ({"rope_parameters": LLAMA_3}, "positions of qwen2 scaled by llama3 are not written here"),
@@ -75,12 +122,17 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {**YARN_GLOBALLY, FULL: {**YARN, "attention_factor": 2.0}}},
         "positions scaled by yarn with attention_factor=2.0 are not written here",
     ),
+    "olmo3 at two paces": (
+        {"rope_parameters": {**YARN_GLOBALLY, FULL: {"rope_type": "default", "rope_theta": 5e5}}},
+        "olmo2 turns positions at one pace in all layers, and this model has a rope_theta for each kind",
+    ),
+    "qwen2 with wide heads": ({"head_dim": 32}, "qwen2 has no head_dim=32 but hidden_size / num_attention_heads"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", OTHERWISE)
-def test_what_llama_cpp_computes_otherwise_is_refused(family: str, tmp_path: Path) -> None:
-    options, message = OTHERWISE[family]
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    (options, message), family = OTHERWISE[case], case.split()[0]
     model = small_model(family, vocab_size=320, **{**OF_GGUF.get(family, {}), **options})
     with pytest.raises(GGUFModelError, match=re.escape(message)):
         written(model, tmp_path)

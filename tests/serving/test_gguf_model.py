@@ -25,6 +25,7 @@ from lightning_peft.serving.gguf_model import write_gguf_model
 from lightning_peft.serving.gguf_tokenizer import name_for, scores_of, split_name
 
 IDS = torch.arange(3, 35)[None]
+WHOLE = {"type": "ByteLevel", "use_regex": False}
 LAYOUT = PromptLayout(system_prompt='Say "yes".', stop_token_ids=[2])
 
 
@@ -114,9 +115,12 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     [
         ([{"type": "ByteLevel", "use_regex": True}], "gpt-2"),
         ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, {"type": "ByteLevel"}], "dbrx"),
-        ([{"type": "Split", "pattern": {"Regex": GPT_4O}}, {"type": "ByteLevel"}], "gpt-4o"),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, WHOLE], "dbrx"),
+        ([{"type": "Split", "pattern": {"Regex": GPT_4O}}, WHOLE], "gpt-4o"),
         ([{"type": "Whitespace"}, {"type": "ByteLevel"}], None),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, {"type": "ByteLevel", "use_regex": True}], None),
+        ([{"type": "Digits", "individual_digits": True}, WHOLE], None),
+        ([{"type": "ByteLevel", "use_regex": True, "add_prefix_space": True}], None),
     ],
 )
 def test_split_of_a_tokenizer_is_told(parts: list[dict[str, object]], name: str | None) -> None:
@@ -150,7 +154,7 @@ def test_a_word_that_is_a_token_stays_one_or_comes_of_the_rules(regex: str, rule
         "model": {"type": "BPE", "vocab": vocabulary, "merges": rules, "ignore_merges": True},
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}],
+            "pretokenizers": [{"type": "Split", "pattern": {"Regex": regex}}, WHOLE],
         },
     }
     with pytest.raises(GGUFModelError, match="is none of those") if name is None else nullcontext():
@@ -166,7 +170,15 @@ def test_tokens_that_take_blanks_are_named_or_said(caplog: pytest.LogCaptureFixt
     assert "1 tokens take the blanks around them, such as <|end|>: llama.cpp leaves those in the text" in caplog.text
     phi = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab={"a": 0}, merges=[])))
     phi.add_tokens([AddedToken("<s>"), AddedToken("<|user|>", rstrip=True), AddedToken("</s>", rstrip=True)])
+    assert name_for(phi, "run") == "run"  # of a file without these two llama.cpp would load nothing
+    phi.add_tokens([AddedToken("<unk>"), AddedToken("<|endoftext|>")])
     assert name_for(phi, "run") == "phi-3 run"
+
+
+@pytest.mark.parametrize(("run", "name"), [("phi3-sql", "phi 3-sql"), ("my_Phi-3.5", "my_Phi 3.5"), ("phi-4", "phi-4")])
+def test_a_run_that_is_called_phi_3_is_not_taken_for_one(run: str, name: str) -> None:
+    """llama.cpp would take the blanks behind special tokens, or not load the file."""
+    assert name_for(tiny_tokenizer(), run) == name
 
 
 def merged_by_scores(text: str, tokens: list[str], scores: list[float], kinds: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from families import small_model
+from gguf import GGUFWriter
 from pieces import ALSO, TEXTS, bytes_tokenizer
 
 from lightning_peft.data.layout import PromptLayout
@@ -26,3 +27,15 @@ def test_tokenizer_read_back_gives_the_same_tokens(split: str, tmp_path: Path) -
         assert ids[0] == 0 and read(text)["input_ids"] == ids
         assert read.decode(ids) == tokenizer.decode(ids)
         assert read.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("split", PRE_TOKENIZERS)
+def test_a_file_that_does_not_say_so_begins_texts_as_llama_cpp_does(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of Llama 3 leave it out, and llama.cpp knows by the split that its texts begin with a token."""
+    tokenizer, path = bytes_tokenizer(split), tmp_path / "m.gguf"
+    monkeypatch.setattr(GGUFWriter, "add_add_bos_token", lambda writer, value: None)
+    model = small_model("llama", vocab_size=len(tokenizer))
+    write_gguf_model(model, tokenizer, PromptLayout(stop_token_ids=[1]), path, "fp32", None, "m")
+    assert (load_tokenizer(ModelConfig("hf", str(path)))(TEXTS[0])["input_ids"][0] == 0) is (split == "llama-bpe")
