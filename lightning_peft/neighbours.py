@@ -6,6 +6,7 @@ over to sleeping by itself in a process that has more threads than there are cor
 second pool of threads is kept, asleep, beside the one that computes.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -38,12 +39,15 @@ class Pool:
     """Threads of OpenMP that sleep until they are let go."""
 
     def __init__(self) -> None:
-        self.leave = threading.Event()
+        self.leave, self.has_computed = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self.run, name="sleeping pool", daemon=True)
         self.thread.start()
 
     def run(self) -> None:
-        sys.modules["torch"].ones(SPLIT).add_(1)  # a thread that computes has a pool until it ends
+        try:
+            sys.modules["torch"].ones(SPLIT).add_(1)  # a thread that computes has a pool until it ends
+        finally:
+            self.has_computed.set()
         self.leave.wait()
 
     def let_go(self) -> None:
@@ -57,8 +61,11 @@ class Neighbours:
     def __init__(self) -> None:
         self.cores = os.sched_getaffinity(0)
         self.pool: Pool | None = None
+        self.is_over = False
+        self.lock = threading.Lock()
         self.quiet_looks = 0
         self.last = self.now()
+        atexit.register(self.end)
 
     def now(self) -> tuple[float, float, float]:
         """Return the time, and the processor time of the cores and of this process, in seconds."""
@@ -76,10 +83,18 @@ class Neighbours:
         """Have threads sleep or spin beside others that keep so many cores busy."""
         self.quiet_looks = self.quiet_looks + 1 if others < QUIET else 0
         if others > BUSY and self.pool is None and torch_is_ready():
-            self.pool = Pool()
+            with self.lock:
+                self.pool = None if self.is_over else Pool()
         elif self.quiet_looks > 1 and self.pool is not None:
             self.pool.let_go()
             self.pool = None
+
+    def end(self) -> None:
+        """Wait until no thread of these is inside torch: a process that ended meanwhile would be aborted (SIGABRT)."""
+        with self.lock:
+            self.is_over = True
+        if self.pool is not None:
+            self.pool.has_computed.wait()
 
     def watch(self) -> None:
         while True:
