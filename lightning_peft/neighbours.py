@@ -92,9 +92,9 @@ class Neighbours:
     def end(self) -> None:
         """Wait until no thread of these is inside torch: a process that ended meanwhile would be aborted (SIGABRT)."""
         with self.lock:
-            self.is_over = True
-        if self.pool is not None:
-            self.pool.has_computed.wait()
+            self.is_over, pool = True, self.pool
+        if pool is not None:
+            pool.has_computed.wait()
 
     def watch(self) -> None:
         while True:

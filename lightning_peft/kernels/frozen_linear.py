@@ -86,7 +86,7 @@ def _low_rank_sum(
 ) -> Tensor:
     """Call `low_rank_sum` over the weight of a base that was not run yet."""
     if base.form == DENSE:
-        return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, gain, bias, transposed)
+        return torch.ops.lightning_peft.low_rank_sum(x, dense_weight(base), inner, factor, gain, bias, transposed)
     *codes, _ = base.tensors
     options = base.form, base.block_size, transposed
     return torch.ops.lightning_peft.coded_matmul(x, *codes, bias, inner, factor, gain, *options)
@@ -95,7 +95,7 @@ def _low_rank_sum(
 def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
     """Return grad W, (N, in_features), a new tensor, from grad (N, out_features)."""
     if base.form == DENSE:
-        return grad @ _dense(base)
+        return grad @ dense_weight(base)
     *weight, _ = base.tensors
     options = base.form, base.block_size, False
     return torch.ops.lightning_peft.coded_matmul(grad, *weight, None, None, None, None, *options)
@@ -123,11 +123,6 @@ def dense_weight(base: Base) -> Tensor:
         return base.first.to(base.dtype)
     *codes, _ = base.tensors
     return torch.ops.lightning_peft.dequantize(*codes, base.form, base.block_size, base.dtype)
-
-
-def _dense(base: Base) -> Tensor:
-    """Return W, (out_features, in_features)."""
-    return base.first.to(base.dtype)
 
 
 def mark_written(ctx: Any, base: Base, output: Tensor) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import small_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import save_changed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -52,14 +53,7 @@ def saved_by_peft(form, folder, family="llama"):
     small_model(family, vocab_size=320, **options).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **words)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "theirs")
-    return logits(model)
+    return logits(save_changed(folder / "base", config, folder / "theirs"))
 
 
 def read_here(folder, name="theirs"):

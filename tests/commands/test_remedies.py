@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from families import small_model
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
+from peft_adapters import save_changed
 
 from lightning_peft.__main__ import main
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -40,13 +39,7 @@ def save_all(form: str, tmp_path: Path) -> Path:
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     for name, own in (("adapter", words), ("plain", {})):
         config = LoraConfig(r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **own})
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(tmp_path / name)
+        save_changed(tmp_path / "base", config, tmp_path / name)
     return tmp_path / "adapter"
 
 

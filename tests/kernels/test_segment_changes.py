@@ -1,6 +1,6 @@
 """The changes of several models by one call of a kernel: those that torch computes, whatever stands beside them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,6 @@ from lightning_peft.training.recomputation import recomputing
 pytestmark = pytest.mark.skipif(library() is None, reason="a processor with AVX-512 and bf16")
 IN, OUT = 80, 144
 """Widths that fill no panel of 64."""
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Fewer threads than changes, and more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 class Case:

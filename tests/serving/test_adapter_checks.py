@@ -10,22 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from damaged_adapters import OTHER_TYPES, save_all, settings_of, with_lineage
+from damaged_adapters import OTHER_TYPES, with_lineage
 from safetensors.torch import load_file, save_file
 
 from lightning_peft.serving.adapter_checks import Settings, check_adapter, is_finite
 from lightning_peft.serving.vllm import MIDDLEWARE
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save_all(place := tmp_path_factory.mktemp("checks"))
-    return place
-
-
-@pytest.fixture(scope="module")
-def settings(place: Path) -> Settings:
-    return settings_of(place)
 
 
 def test_the_files_need_each_other_and_the_standard_library_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from damaged_adapters import changed, save_all, settings_of
+from damaged_adapters import changed
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.tiny import CHAT_TEMPLATE
@@ -19,17 +19,6 @@ from lightning_peft.serving.vllm_middleware import LOAD, SETTINGS, UNLOAD, Adapt
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save_all(place := tmp_path_factory.mktemp("middleware"))
-    return place
-
-
-@pytest.fixture(scope="module")
-def settings(place: Path) -> Settings:
-    return settings_of(place)
 
 
 class Behind:
